@@ -1,0 +1,426 @@
+"""The script as its users run it: end to end, interrupted and resumed, and given bad input."""
+
+import csv
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ne_td3_continuous as ne
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "ne_td3_continuous.py"
+# Pendulum's episodes are 200 steps. Updates from 301, rounds every 200 steps, rows every 500, checkpoints every 600.
+SMALL = "--env-id Pendulum-v1 --total-timesteps 2500 --learning-starts 300 --actor-hidden 24 16 --critic-hidden 24 16 "
+SMALL += "--batch-size 32 --grow-interval 200 --review-interval 50 --eval-frequency 500 --eval-episodes 2 "
+SMALL += "--checkpoint-frequency 600 --buffer-size 1500 --no-cuda"
+
+
+def launch(arguments: str, setup: str = "", **options) -> subprocess.Popen:
+    """Starts the script in a process of its own; `setup` is Python that runs before it, with the script as `ne`."""
+    code = f"import os, signal, sys; import ne_td3_continuous as ne; sys.argv[0] = {str(SCRIPT)!r}\n{setup}\nne.main()"
+    command = [sys.executable, *(["-c", code] if setup else [str(SCRIPT)]), *arguments.split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, **pipes, **options)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def in_process(monkeypatch, capsys, arguments: str) -> tuple[int, str]:
+    """Runs main() here, for bad input: (exit code, what it printed to stderr)."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split()])
+    with pytest.raises(SystemExit) as stop:
+        ne.main()
+    return stop.value.code, capsys.readouterr().err
+
+
+def assert_one_line(error: str, *words: str) -> None:
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in error
+    for word in words:
+        assert word in lines[0]
+
+
+def assert_equal_runs(run: Path, other: Path) -> None:
+    """Bit-identical results.csv and final checkpoint, but for the flags that name the folder."""
+    assert (run / "results.csv").read_bytes() == (other / "results.csv").read_bytes()
+    one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run, other))
+    for content in (one, two):
+        content["args"].pop("run_dir")
+        content["run"].pop("saved")
+    assert_equal(one, two)
+
+
+def assert_equal(one, two) -> None:
+    assert type(one) is type(two)
+    if torch.is_tensor(one):
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_equal(one[key], two[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert_equal(a, b)
+    else:
+        assert one == two
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    code, out, err = finish(launch(f"{SMALL} --run-dir {folder}"))
+    assert code == 0, err
+    (folder / "stdout").write_text(out)
+    return folder
+
+
+# --- end to end -------------------------------------------------------------------------------------------------------
+def test_a_run_leaves_rows_events_arguments_and_a_checkpoint(whole):
+    rows = list(csv.DictReader((whole / "results.csv").open()))
+    assert [int(row["step"]) for row in rows] == [500, 1000, 1500, 2000, 2500]
+    for row in rows:
+        assert -2000 < float(row["eval/return_mean"]) < 0  # Pendulum's range
+        for name in ("actor", "critic"):
+            assert 0 < float(row[f"ne/{name}/density"]) <= 1
+            assert float(row[f"ne/{name}/active_ratio"]) >= float(row[f"ne/{name}/active_ratio_0.1"])
+    for name in ("actor", "critic"):
+        density = [float(row[f"ne/{name}/density"]) for row in rows]
+        assert density == sorted(density) and 0.25 < density[0] < 0.8 < density[-1]
+        assert int(rows[-1][f"ne/{name}/grown"]) > 0
+    assert 0.65 <= float(rows[-1]["ne/review_epsilon"]) < 1 and float(rows[-1]["ne/review_share"]) > 0
+
+    events = EventAccumulator(str(whole), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"charts/episodic_return", "charts/SPS", "losses/qf_loss", "losses/actor_loss"} <= set(tags["scalars"])
+    assert {"eval/return_mean", "ne/critic/density", "ne/actor/pruned", "ne/review_epsilon"} <= set(tags["scalars"])
+    assert len(events.Images("masks/critic/1")) == 11  # rounds at 400, 600, ..., 2400
+    assert [e.step for e in events.Scalars("eval/return_mean")] == [500, 1000, 1500, 2000, 2500]
+
+    assert json.loads((whole / "args.json").read_text())["batch_size"] == 32
+    content = torch.load(whole / "checkpoint.pt", weights_only=True)
+    assert content["run"]["step"] == 2500 and content["run"]["updates"] == 2200
+
+
+def test_it_says_what_will_happen_and_what_came_out(whole):
+    out = (whole / "stdout").read_text()
+    assert "topology: actor and critics 25% -> 9" in out and "in 11 rounds" in out
+    assert re.search(r"return -\d+\.\d \+- \d+\.\d at \d+ steps per second", out)
+    assert re.search(r"critic density 9\d\.\d%, active ratio \d+\.\d%", out)
+
+
+def test_a_checkpoint_can_be_evaluated(whole, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--evaluate", str(whole / "checkpoint.pt"), "--eval-episodes", "2"])
+    ne.main()
+    last = list(csv.DictReader((whole / "results.csv").open()))[-1]
+    expected = f"Pendulum-v1, step 2500: return {float(last['eval/return_mean']):.1f}"
+    assert expected in capsys.readouterr().out  # the same episodes as the last evaluation of the run
+
+
+def test_a_finished_run_is_left_alone(whole, monkeypatch, capsys):
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--resume", str(whole)])
+    ne.main()
+    assert "is finished" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in whole.iterdir()}
+
+
+# --- interrupted and resumed ------------------------------------------------------------------------------------------
+KILL_IN_TRAINING = """
+add, calls = ne.ReplayBuffer.add, []
+def add_and_die(*args):
+    calls.append(None)
+    if len(calls) == 1730:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(*args)
+ne.ReplayBuffer.add = add_and_die
+"""
+KILL_IN_SAVING = """
+fsync, calls = os.fsync, []
+def fsync_and_die(descriptor):
+    calls.append(None)
+    if len(calls) == 2:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+os.fsync = fsync_and_die
+"""
+
+
+@pytest.mark.parametrize(("setup", "saved"), [(KILL_IN_TRAINING, 1200), (KILL_IN_SAVING, 600)])
+def test_a_killed_run_resumes_exactly(whole, tmp_path, setup, saved):
+    folder = tmp_path / "run"
+    code, _, _ = finish(launch(f"{SMALL} --run-dir {folder}", setup))
+    assert code == -signal.SIGKILL
+    assert (folder / "checkpoint.tmp").exists() == (setup is KILL_IN_SAVING)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["run"]["step"] == saved
+    assert len((folder / "results.csv").read_text().splitlines()) > 1 + saved // 500  # rows that the resumed run redoes
+    code, _, err = finish(launch(f"--resume {folder}"))
+    assert code == 0, err
+    assert_equal_runs(whole, folder)
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [e.step for e in events.Scalars("eval/return_mean")] == [500, 1000, 1500, 2000, 2500]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_episode_saves_and_resumes_exactly(whole, tmp_path, number, code):
+    folder = tmp_path / "run"
+    process = launch(f"{SMALL} --run-dir {folder}")
+    deadline = time.time() + 120
+    while time.time() < deadline and not (folder / "results.csv").exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    returned, out, err = finish(process)
+    assert returned == code, err
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["run"]["step"]
+    assert step % 200 == 0 and 500 <= step < 2500
+    assert f"stopped at step {step}" in out and f"--resume {folder}" in out
+    returned, _, err = finish(launch(f"--resume {folder}"))
+    assert returned == 0, err
+    assert_equal_runs(whole, folder)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(whole, tmp_path):
+    folder = tmp_path / "run"
+    limit = None
+
+    def no_larger_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    finish(launch(f"{SMALL} --run-dir {tmp_path / 'first'}", KILL_IN_SAVING))
+    limit = (tmp_path / "first" / "checkpoint.pt").stat().st_size + 5_000  # the second checkpoint is larger
+    code, _, err = finish(launch(f"{SMALL} --run-dir {folder}", preexec_fn=no_larger_files))
+    assert code == 1
+    assert_one_line(err, "cannot write checkpoint", str(folder), "--resume")
+    assert not (folder / "checkpoint.tmp").exists()
+    code, _, err = finish(launch(f"--resume {folder}"))
+    assert code == 0, err
+    assert_equal_runs(whole, folder)
+
+
+def test_a_nan_stops_the_run_and_keeps_the_good_checkpoint(tmp_path, monkeypatch, capsys):
+    folder, add = tmp_path / "run", ne.ReplayBuffer.add
+
+    def add_nan(buffer, obs, action, next_obs, reward, terminated):
+        add(buffer, obs, action, next_obs, float("nan") if buffer.size == 1000 else reward, terminated)
+
+    monkeypatch.setattr(ne.ReplayBuffer, "add", add_nan)
+    code, err = in_process(monkeypatch, capsys, f"{SMALL} --run-dir {folder}")
+    assert code == 1
+    assert_one_line(err, "NaN", "the checkpoint of step 600 is kept", str(folder))
+    step = int(re.search(r"at step (\d+)", err).group(1))
+    assert 1001 < step < 1200
+    agent = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]
+    assert all(torch.isfinite(value).all() for key, value in agent.items() if key.endswith("weight"))
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--env-id HalfCheeta-v5", "HalfCheetah"),
+        ("--env-id CartPole-v1", "flat Box actions"),
+        ("--env-id Blackjack-v1", "flat Box observations"),
+        ("--initial-density 0", "in (0, 1], got 0.0"),
+        ("--initial-density 1.5", "in (0, 1], got 1.5"),
+        ("--initial-density nan", "in (0, 1], got nan"),
+        ("--initial-density 0.97", "--final-density must be in [--initial-density (0.97), 1), got 0.95"),
+        ("--final-density 1", "in (0, 1), got 1.0"),
+        ("--prune-ratio 1", "in [0, 1)"),
+        ("--prune-ratio -0.1", "in [0, 1)"),
+        ("--grow-rate -1", "in [0, 1]"),
+        ("--grow-interval 0", "at least 1, got 0"),
+        ("--growth-end 0", "at least 1"),
+        ("--review-interval 0", "at least 1"),
+        ("--review-fraction 0", "in (0, 1]"),
+        ("--review-floor 2", "in [0, 1]"),
+        ("--review-tau -1", "at least 0"),
+        ("--weight-clip -1", "at least 0"),
+        ("--eval-frequency 0", "at least 1"),
+        ("--eval-episodes 0", "at least 1"),
+        ("--checkpoint-frequency 0", "at least 1"),
+        ("--policy-frequency 0", "at least 1"),
+        ("--total-timesteps -5", "at least 1"),
+        ("--learning-starts -1", "at least 1"),
+        ("--seed -1", "at least 0"),
+        ("--gamma 1.1", "in [0, 1]"),
+        ("--tau -0.1", "in [0, 1]"),
+        ("--learning-rate 0", "in (0, 1]"),
+        ("--policy-noise -0.1", "at least 0"),
+        ("--torch-threads 0", "at least 1"),
+        ("--buffer-size 0", "at least 1"),
+        ("--batch-size 500 --buffer-size 400", "--batch-size must be at most --buffer-size (400), got 500"),
+        ("--actor-hidden 32 0", "at least 1"),
+        ("--scale 5", "1, 2, 3 or 4"),
+        ("--scale 2 --critic-hidden 64 64", "--scale must be 1"),
+        ("--buffer-size 1000000000000000", "fit in memory"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, flags, words):
+    code, err = in_process(monkeypatch, capsys, f"{flags} --run-dir {tmp_path / 'run'}")
+    assert code == 2 and not (tmp_path / "run").exists()
+    assert_one_line(err, flags.split()[0] if "final" not in words else "--final-density", words)
+
+
+@pytest.mark.parametrize("flags", ["--growth sideways", "--sparse-init none", "--no-such-flag 1", "--seed one"])
+def test_what_is_no_flag_or_no_choice_is_refused(monkeypatch, capsys, flags):
+    code, err = in_process(monkeypatch, capsys, flags)
+    assert code == 2 and "Traceback" not in err
+
+
+def test_a_refusal_in_a_process_of_its_own():
+    code, out, err = finish(launch("--prune-ratio 1"))
+    assert (code, out) == (2, "")
+    assert err == "error: --prune-ratio must be in [0, 1), so that every round grows on net, got 1.0\n"
+
+
+def test_folders_that_cannot_be_used(whole, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    code, err = in_process(monkeypatch, capsys, f"{SMALL} --run-dir {tmp_path / 'file' / 'run'}")
+    assert code == 2
+    assert_one_line(err, "--run-dir must be a folder that can be written")
+    code, err = in_process(monkeypatch, capsys, f"{SMALL} --run-dir {whole}")
+    assert code == 2
+    assert_one_line(err, "--run-dir must be a new folder", f"--resume {whole}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--env-id HalfCheetah-v5", "--env-id must be Pendulum-v1 or left out"),
+        ("--critic-hidden 64 64", "--critic-hidden must be (24, 16) or left out"),
+        ("--total-timesteps 9000", "--total-timesteps must be 2500"),
+        ("--seed 2", "--seed must be 1 or left out"),
+        ("--no-prune", "--prune must be True or left out"),
+    ],
+)
+def test_resume_refuses_flags_that_contradict_the_run(whole, monkeypatch, capsys, flags, words):
+    code, err = in_process(monkeypatch, capsys, f"--resume {whole} {flags}")
+    assert code == 2
+    assert_one_line(err, words)
+
+
+@pytest.fixture
+def interrupted(whole, tmp_path, monkeypatch, capsys) -> Path:
+    """A folder whose checkpoint looks as if the run were not finished."""
+    folder = tmp_path / "interrupted"
+    shutil.copytree(whole, folder)
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    content["run"]["step"] -= 1
+    torch.save(content, folder / "checkpoint.pt")
+    return folder
+
+
+def break_truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+def break_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def break_foreign(path: Path) -> None:
+    torch.save({"model": torch.zeros(3)}, path)
+
+
+def break_not_torch(path: Path) -> None:
+    path.write_text("hello")
+
+
+def break_pickle(path: Path) -> None:
+    torch.save({"format": Path("code that must not run")}, path)
+
+
+@pytest.mark.parametrize("spoil", [break_truncated, break_empty, break_foreign, break_not_torch, break_pickle])
+def test_spoilt_checkpoints_are_refused(interrupted, monkeypatch, capsys, spoil):
+    spoil(interrupted / "checkpoint.pt")
+    results = (interrupted / "results.csv").read_bytes()
+    for flags in (f"--resume {interrupted}", f"--evaluate {interrupted / 'checkpoint.pt'}"):
+        code, err = in_process(monkeypatch, capsys, flags)
+        assert code == 1
+        assert_one_line(err, "checkpoint.pt is damaged or not a checkpoint of ne_td3_continuous.py")
+    assert (interrupted / "results.csv").read_bytes() == results
+
+
+@pytest.mark.parametrize("change", [{"env_id": "MountainCarContinuous-v0"}, {"critic_hidden": (32, 16)}])
+def test_a_checkpoint_that_does_not_fit_is_refused(interrupted, monkeypatch, capsys, change):
+    content = torch.load(interrupted / "checkpoint.pt", weights_only=True)
+    content["args"] |= change
+    torch.save(content, interrupted / "checkpoint.pt")
+    results = (interrupted / "results.csv").read_bytes()
+    code, err = in_process(monkeypatch, capsys, f"--resume {interrupted}")
+    assert code == 1
+    assert_one_line(err, "the checkpoint does not fit")
+    assert (interrupted / "results.csv").read_bytes() == results
+
+
+def test_a_checkpoint_of_another_run_is_refused(interrupted, monkeypatch, capsys):
+    arguments = json.loads((interrupted / "args.json").read_text())
+    (interrupted / "args.json").write_text(json.dumps(arguments | {"seed": 9}))
+    content = torch.load(interrupted / "checkpoint.pt", weights_only=True)
+    content["buffer"] = ne.ReplayBuffer(10, 3, 1, 4, 0, torch.device("cpu")).state_dict()
+    torch.save(content, interrupted / "checkpoint.pt")
+    code, err = in_process(monkeypatch, capsys, f"--resume {interrupted}")
+    assert code == 1
+    assert_one_line(err, "belongs to another run")
+
+
+def test_missing_checkpoints(tmp_path, monkeypatch, capsys):
+    for flags in (f"--resume {tmp_path}", f"--evaluate {tmp_path / 'checkpoint.pt'}"):
+        code, err = in_process(monkeypatch, capsys, flags)
+        assert code == 1
+        assert_one_line(err, "there is no checkpoint", str(tmp_path))
+
+
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, err = in_process(monkeypatch, capsys, f"{SMALL} --track --run-dir {tmp_path / 'run'}")
+    assert code == 2
+    assert_one_line(err, "--track needs the package wandb")
+
+
+def test_videos_are_recorded(tmp_path):
+    folder = tmp_path / "run"
+    flags = "--env-id InvertedPendulum-v5 --total-timesteps 400 --learning-starts 100 --eval-frequency 200 --no-cuda"
+    code, _, err = finish(launch(f"{flags} --eval-episodes 3 --capture-video --run-dir {folder}"))
+    assert code == 0, err
+    videos = sorted(path.name for path in (folder / "videos").glob("*.mp4"))
+    assert videos == ["rl-video-episode-0.mp4", "rl-video-episode-3.mp4"]
+
+
+def test_video_without_its_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    code, err = in_process(monkeypatch, capsys, f"{SMALL} --capture-video --run-dir {tmp_path / 'run'}")
+    assert code == 2
+    assert_one_line(err, "--capture-video needs moviepy")
+
+
+def test_the_default_start_does_not_depend_on_ne(monkeypatch):
+    """NE's draws come from a generator of their own: the weights, before masking, and the batches are those of TD3."""
+    networks = []
+    for density in (0.25, 1.0):
+        torch.manual_seed(3)
+        networks.append(ne.Agent(ne.Args(initial_density=density), 17, 6, 0, torch.device("cpu")))
+    for sparse, dense in zip(*(agent.layers["actor"] + agent.layers["critic"] for agent in networks), strict=True):
+        assert torch.equal(sparse.weight, dense.weight * sparse.mask) and np.array_equal(
+            sparse.bias.tolist(), dense.bias.tolist()
+        )

@@ -1,0 +1,242 @@
+"""Topology primitives of Neuroplastic Expansion (NE): what the scripts share, and nothing else.
+
+A layer is any linear layer with `weight (out, in)`, `bias (out,)` and a boolean `mask (out, in)`, True where a
+connection is active. Everything here works in place, draws only from the generator it is given, and is called between
+updates, never inside one. Section and equation numbers are those of the paper.
+"""
+
+import math
+
+import torch
+
+
+def erdos_renyi_densities(shapes: list[tuple[int, int]], density: float) -> list[float]:
+    """Densities of the layers of one sparse network in Erdos-Renyi style (§4.2; Mocanu et al. 2018, Evci et al. 2020).
+
+    Args:
+        shapes: (out, in) of each layer.
+        density: share of all connections of the network that is active, in (0, 1].
+    Returns:
+        One density in (0, 1] per layer.
+    Raises:
+        ValueError: if `density` is outside (0, 1].
+
+    A layer's density is eps * (out + in) / (out * in), so it has eps * (out + in) connections. Over all layers that is
+    density * sum(out * in), hence eps = (density * sum(out * in) - connections of dense layers) / sum(out + in). Where
+    eps makes a layer denser than 1, that layer is made dense and eps is solved again for the rest.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density}")
+    sizes = [n_out * n_in for n_out, n_in in shapes]
+    dense: set[int] = {layer for layer in range(len(shapes)) if density == 1}
+    while len(dense) < len(shapes):
+        sparse = [layer for layer in range(len(shapes)) if layer not in dense]
+        wanted = density * sum(sizes) - sum(sizes[layer] for layer in dense)
+        eps = wanted / sum(sum(shapes[layer]) for layer in sparse)
+        too_dense = {layer for layer in sparse if eps * sum(shapes[layer]) > sizes[layer]}
+        if not too_dense:
+            return [1.0 if n in dense else eps * sum(shapes[n]) / sizes[n] for n in range(len(shapes))]
+        dense |= too_dense
+    return [1.0] * len(shapes)
+
+
+def sample_mask(shape: tuple[int, int], density: float, generator: torch.Generator) -> torch.Tensor:
+    """A boolean mask (out, in) with exactly round(density * out * in) connections, at least one, at random places."""
+    count = max(1, round(density * shape[0] * shape[1]))
+    mask = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
+    mask[torch.randperm(mask.numel(), generator=generator)[:count]] = True
+    return mask.view(shape)
+
+
+@torch.no_grad()
+def sparsify(layers: list, density: float, sparse_init: str, rng: torch.Generator) -> None:
+    """Draws the masks of one network, "erdos-renyi" or "uniform", and zeroes what they mask. `density` in (0, 1]."""
+    densities = [density] * len(layers)
+    if sparse_init == "erdos-renyi":
+        densities = erdos_renyi_densities([tuple(layer.mask.shape) for layer in layers], density)
+    for layer, layer_density in zip(layers, densities, strict=True):
+        layer.initial_density = layer_density
+        layer.mask.copy_(sample_mask(layer.mask.shape, layer_density, rng))
+        layer.apply_mask()
+
+
+def network_density(layers: list) -> float:
+    """Share of active connections over all layers, in [0, 1]."""
+    return sum(int(layer.mask.sum()) for layer in layers) / sum(layer.mask.numel() for layer in layers)
+
+
+# --- the growth schedule ---------------------------------------------------------------------------------------------
+def growth_schedule(args) -> tuple[range, float, str]:
+    """The environment steps of the rounds, alpha, and one line that says what density they will reach.
+
+    Rounds come every `grow_interval` steps, after the first update and before the cosine is 0 at T_end. alpha is
+    `grow_rate` or, where that is None, what takes `initial_density` to `final_density` in these rounds.
+    """
+    growth_end = args.growth_end or args.total_timesteps
+    first = (args.learning_starts // args.grow_interval + 1) * args.grow_interval
+    rounds = range(first, growth_end, args.grow_interval)
+    start = args.initial_density
+    networks = " and ".join(n for n, on in (("actor", args.ne_actor), ("critics", args.ne_critic)) if on)
+    if start == 1 or not networks:
+        return rounds, 0.0, "topology: dense, nothing to grow"
+    alpha = args.grow_rate
+    if alpha is None:
+        alpha = solve_growth_rate(start, args.final_density, len(rounds))
+    if args.growth == "none" or not rounds:
+        return rounds, 0.0, f"topology: {networks} stay at {start:.0%}, nothing grows"
+    inactive = 1 - start
+    for step in rounds:
+        inactive *= 1 - growth_fraction(alpha, step, growth_end)
+    plan = f"{start:.0%} -> {1 - inactive:.0%} in {len(rounds)} rounds, less what is pruned"
+    return rounds, alpha, f"topology: {networks} {plan} (every {args.grow_interval:,} steps, alpha {alpha:.3g})"
+
+
+def solve_growth_rate(initial_density: float, final_density: float, rounds: int) -> float:
+    """alpha that takes a network from `initial_density` to about `final_density` (both in (0, 1]) in so many rounds.
+
+    A round leaves 1 - a of the inactive connections inactive, where a is alpha / 2 on average over the cosine. So
+    exp(-rounds * alpha / 2) = (1 - final_density) / (1 - initial_density).
+    """
+    if rounds == 0 or initial_density >= final_density:
+        return 0.0
+    return 2 / rounds * math.log((1 - initial_density) / (1 - final_density))
+
+
+def growth_fraction(alpha: float, step: int, growth_end: int) -> float:
+    """Cosine-annealed share of a layer's inactive connections that is born at `step` (§4.2), in [0, 1]."""
+    return min(1.0, alpha / 2 * (1 + math.cos(math.pi * step / growth_end)))
+
+
+# --- grow, prune, reset ----------------------------------------------------------------------------------------------
+@torch.no_grad()
+def grow_mask(mask: torch.Tensor, score: torch.Tensor, count: int) -> torch.Tensor:
+    """Activates in place the `count` inactive connections with the largest score (§4.2, elastic neuron generation).
+
+    Args:
+        mask: (out, in) boolean, changed in place.
+        score: (out, in), >= 0: |dense gradient|, or random numbers for the naive growth of §4.1.
+        count: at most the number of inactive connections.
+    Returns:
+        (out, in) boolean, True for the connections born now.
+    """
+    born = torch.zeros_like(mask)
+    if count:
+        born.view(-1)[score.masked_fill(mask, -1.0).flatten().topk(count).indices] = True
+        mask |= born
+    return born
+
+
+def grow(layers: list, scores: list[torch.Tensor], fraction: float, optimizer: torch.optim.Adam) -> int:
+    """In each layer ceil(fraction * inactive) connections are born (§4.2). Returns how many in all.
+
+    Their weight is 0, because a masked weight is kept at 0, and so are their moments: the output does not change.
+    """
+    grown = 0
+    for layer, score in zip(layers, scores, strict=True):
+        count = math.ceil(fraction * int((~layer.mask).sum()))
+        zero_moments(optimizer, layer.weight, grow_mask(layer.mask, score, count))
+        grown += count
+    return grown
+
+
+@torch.no_grad()
+def dormancy_scores(hidden: torch.Tensor) -> torch.Tensor:
+    """Eq. 1: each neuron's mean |activation| over its layer's; 0 if the layer is silent. (B, n) -> (n,)."""
+    mean = hidden.abs().mean(0)  # (n,)
+    return mean / mean.mean().clamp_min(torch.finfo(mean.dtype).tiny)  # tiny: 0 / 0 is 0, dormant
+
+
+def dormant(hidden: torch.Tensor, tau: float) -> torch.Tensor:
+    """Neurons whose score (Eq. 1) is at most tau: (B, n) -> (n,) boolean."""
+    return dormancy_scores(hidden) <= tau
+
+
+def count_dormant(hidden: list[torch.Tensor], tau: float) -> int:
+    """Number of neurons with score <= tau over all layers [(B, n), ...]."""
+    return sum(int(dormant(h, tau).sum()) for h in hidden)
+
+
+def metrics(prefix: str, layers: list, hidden: list[torch.Tensor]) -> dict[str, float]:
+    """What plasticity is measured by, on one batch of activations [(B, n), ...] of a network's hidden layers.
+
+    density: share of active connections. dormant: neurons with score 0. active_ratio, active_ratio_0.025 and
+    active_ratio_0.1: 1 - share of neurons with score <= 0, 0.025, 0.1. fau: fraction of activations that are positive.
+    """
+    neurons = sum(h.shape[1] for h in hidden)
+    return {
+        f"{prefix}/density": network_density(layers),
+        f"{prefix}/dormant": count_dormant(hidden, 0.0),
+        f"{prefix}/active_ratio": 1 - count_dormant(hidden, 0.0) / neurons,
+        f"{prefix}/active_ratio_0.025": 1 - count_dormant(hidden, 0.025) / neurons,
+        f"{prefix}/active_ratio_0.1": 1 - count_dormant(hidden, 0.1) / neurons,
+        f"{prefix}/fau": sum(int((h > 0).sum()) for h in hidden) / sum(h.numel() for h in hidden),
+    }
+
+
+@torch.no_grad()
+def prune(layers: list, hidden: list[torch.Tensor], budget: int, optimizer: torch.optim.Adam, clip: float, rng) -> int:
+    """Prunes and resets dormant neurons (score 0) of one network in random order while they fit (§4.2, Eq. 2).
+
+    A pruned neuron loses all outgoing connections. Its incoming ones are drawn anew as at birth: fan-in at the layer's
+    initial density but never more than it had, never from a neuron pruned in this round, weights and bias from the
+    initialiser. So it is alive again but silent, and the network's output on the batch does not change.
+
+    Args:
+        layers: all layers from input to output; `initial_density` is a layer's density at birth, `bound` (out, in) the
+            limit of its weights.
+        hidden: activations [(B, n), ...] of the hidden layers, one less than `layers`.
+        budget: connections that may go. A neuron that needs more than what is left of it is passed over.
+        clip: kappa; the incoming weights of a reset neuron are bound to kappa / sqrt(in) from now on; 0 = not.
+        rng: CPU generator of order and draws.
+    Returns:
+        How many connections went, at most `budget`.
+    """
+    gone = 0
+    neurons = [(layer, n) for layer, h in enumerate(hidden) for n in dormant(h, 0.0).nonzero().flatten().tolist()]
+    blocked = [torch.zeros_like(layer.mask[0]) for layer in layers]  # (in,) inputs pruned in this round
+    for choice in torch.randperm(len(neurons), generator=rng).tolist() if budget else []:
+        depth, neuron = neurons[choice]
+        incoming, outgoing = layers[depth], layers[depth + 1]
+        inputs = (~blocked[depth]).nonzero().flatten()
+        had = int(incoming.mask[neuron].sum())
+        fan_in = min(had, max(1, round(incoming.initial_density * incoming.in_features)), len(inputs))
+        cost = int(outgoing.mask[:, neuron].sum()) + had - fan_in
+        if gone + cost > budget:
+            continue
+        gone += cost
+        blocked[depth + 1][neuron] = True
+        incoming.mask[neuron] = False
+        incoming.mask[neuron, inputs[torch.randperm(len(inputs), generator=rng)[:fan_in].to(inputs.device)]] = True
+        redraw_neuron(incoming, neuron, optimizer, rng)
+        outgoing.mask[:, neuron] = False
+        silence_neuron(outgoing, neuron, optimizer)
+        if clip > 0:
+            incoming.bound[neuron] = clip / math.sqrt(incoming.in_features)
+    return gone
+
+
+@torch.no_grad()
+def redraw_neuron(incoming, neuron: int, optimizer: torch.optim.Adam, rng: torch.Generator) -> None:
+    """Draws a neuron's bias and active incoming weights from the initialiser of `nn.Linear`, U(-1, 1) / sqrt(in)."""
+    n_in = incoming.in_features
+    values = (2 * torch.rand(n_in + 1, generator=rng) - 1) / math.sqrt(n_in)  # (in + 1,)
+    values = values.to(incoming.weight.device)
+    incoming.weight[neuron] = values[:n_in] * incoming.mask[neuron]
+    incoming.bias[neuron] = values[n_in]
+    zero_moments(optimizer, incoming.weight, neuron)
+    zero_moments(optimizer, incoming.bias, neuron)
+
+
+@torch.no_grad()
+def silence_neuron(outgoing, neuron: int, optimizer: torch.optim.Adam) -> None:
+    """Zeroes a neuron's outgoing weights: column `neuron` of the next layer's weight (out, in)."""
+    outgoing.weight[:, neuron] = 0.0
+    zero_moments(optimizer, outgoing.weight, (slice(None), neuron))
+
+
+@torch.no_grad()
+def zero_moments(optimizer: torch.optim.Adam, parameter: torch.Tensor, where) -> None:
+    """Forgets Adam's moments of the entries `where` (any index) of a parameter; its shared step counter stays."""
+    for moment in ("exp_avg", "exp_avg_sq"):
+        if moment in optimizer.state[parameter]:  # not before the optimiser's first step
+            optimizer.state[parameter][moment][where] = 0.0

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
-os.environ.setdefault("MUJOCO_GL", "egl")  # off-screen rendering for --capture-video, with or without a GPU
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what --torch-deterministic needs on CUDA
 
 import gymnasium as gym
@@ -41,11 +41,11 @@ class Args:
     exp_name: str = "ne_td3_continuous"  # name of this experiment, part of the run's name
     env_id: str = "HalfCheetah-v5"  # Gymnasium id of a task with flat Box observations and bounded Box actions
     seed: int = 1  # seed of everything random, >= 0
-    total_timesteps: int = 1_000_000  # length of the run in environment steps (paper: 1M for most tasks)
+    total_timesteps: int = 1_000_000  # length of the run in environment steps
     cuda: bool = True  # use the GPU if there is one
     cudagraphs: bool = True  # on CUDA: capture the two updates once and replay them; off: eager
     torch_threads: int = 1  # CPU threads of torch; networks this small run best with one and several runs side by side
-    torch_deterministic: bool = True  # only deterministic torch kernels
+    torch_deterministic: bool = True  # on CUDA: deterministic kernels where there are any
     run_dir: str | None = None  # where all files go; default runs/{env_id}__{exp_name}__{seed}__{unix_time}
     track: bool = False  # also log to Weights & Biases (needs `pip install wandb`)
     wandb_project_name: str = "neuroplastic-expansion"  # project on Weights & Biases
@@ -117,7 +117,6 @@ def make_env(env_id: str, videos: Path | None = None, episodes: int = 1) -> gym.
 
     Raises: SystemExit(2) where it cannot be made, or has not flat Box observations and bounded flat Box actions.
     """
-    flag = "--capture-video needs moviepy and OpenGL (Debian: libegl1, libgl1)" if videos else "--env-id"
     try:
         env = gym.make(env_id, render_mode="rgb_array" if videos else None)
         if videos:
@@ -125,6 +124,8 @@ def make_env(env_id: str, videos: Path | None = None, episodes: int = 1) -> gym.
             env.render()
             env = gym.wrappers.RecordVideo(env, str(videos), episode_trigger=lambda episode: episode % episodes == 0)
     except Exception as e:  # each environment and each renderer has errors of its own
+        renders = os.environ.get("MUJOCO_GL") == "egl" and not isinstance(e, gym.error.UnregisteredEnv)
+        flag = "--capture-video needs moviepy and OpenGL (Debian: libegl1, libgl1)" if renders else "--env-id"
         die(f"{flag}: cannot make {env_id}: {' '.join(str(e).split())}")
     obs, act = env.observation_space, env.action_space
     if not (isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.dtype.kind == "f"):
@@ -165,7 +166,7 @@ class ReplayBuffer:
 
     def add(self, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, reward: float, terminated: bool) -> None:
         np.concatenate((obs, action, next_obs, (reward, terminated)), out=self.row, casting="same_kind")
-        self.data[self.position] = torch.from_numpy(self.row)
+        self.data[self.position].copy_(torch.from_numpy(self.row), non_blocking=True)
         self.position = (self.position + 1) % self.capacity
         self.size = min(self.size + 1, self.capacity)
 
@@ -385,7 +386,7 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float
     """Undiscounted returns of the deterministic policy; the same seeds, hence the same starts, at every call."""
     returns = []
     for episode in range(episodes):
-        obs, _ = env.reset(seed=seed + episode)
+        obs, _ = env.reset(seed=100 + seed + episode)  # not the seed of training
         done, total = False, 0.0
         while not done:
             obs, reward, terminated, truncated, _ = env.step(actor.act(obs))
@@ -395,7 +396,6 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float
 
 
 # --- checkpoints and the run's folder --------------------------------------------------------------------------------
-EVAL_SEED = 100  # added to --seed
 MAY_CHANGE_ON_RESUME = ("resume", "cudagraphs", "track", "wandb_project_name", "wandb_entity", "capture_video")
 
 
@@ -411,7 +411,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
     except (OSError, RuntimeError) as e:
         temporary.unlink(missing_ok=True)
         kept = f"the one before is good: --resume {path.parent}" if path.exists() else "there is none before it"
-        die(f"cannot write checkpoint {path}: {e}; {kept}", code=1)
+        die(f"cannot write checkpoint {path}: {e.__context__ or e}; {kept}", code=1)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -433,10 +433,10 @@ def parse_args() -> tuple[Args, dict | None]:
     if args.evaluate is not None:
         checkpoint = load_checkpoint(Path(args.evaluate))
         asked = {name: getattr(args, name) for name in ("evaluate", "eval_episodes", "seed", "cuda")}
-        args = Args(**checkpoint["args"] | asked)
+        args = Args(**checkpoint["run"]["args"] | asked)
     elif args.resume is not None:
         checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt")
-        stored = Args(**checkpoint["args"])
+        stored = Args(**checkpoint["run"]["args"])
         args = tyro.cli(Args, default=stored)  # so whatever differs now was given on the command line
         for name, value in vars(stored).items():
             if name not in MAY_CHANGE_ON_RESUME and getattr(args, name) != value:
@@ -465,10 +465,12 @@ def open_run(args: Args, checkpoint: dict | None) -> tuple[Path, SummaryWriter]:
             if (folder / "args.json").exists():
                 die(f"--run-dir must be a new folder, {folder} holds a run: continue it with --resume {folder}")
             (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        elif json.loads((folder / "args.json").read_text()) != json.loads(json.dumps(checkpoint["args"])):
+            (folder / "results.csv").touch()
+        elif json.loads((folder / "args.json").read_text()) != json.loads(json.dumps(checkpoint["run"]["args"])):
             die(f"{folder / 'checkpoint.pt'} belongs to another run than {folder / 'args.json'}", code=1)
         else:
             os.truncate(folder / "results.csv", checkpoint["run"]["results_bytes"])
+        threading.excepthook = lambda failure: None  # TensorBoard's thread: the same error is raised here as well
         if args.track:
             import wandb
 
@@ -488,6 +490,7 @@ def main() -> None:
         torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default stream
         torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # training needs no OpenGL
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # denormal numbers make long runs slow
     seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(4)]
@@ -497,8 +500,8 @@ def main() -> None:
     n_obs, n_act = env.observation_space.shape[0], env.action_space.shape[0]
     agent = Agent(args, n_obs, n_act, seeds[3], device)
     buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, args.batch_size, seeds[2], device)
-    run = {"device": device.type, "step": 0, "updates": 0, "saved": 0, "returns": [], "results_bytes": 0}
-    run |= {"epsilon": 1.0, "dormant": None, "reviewed": 0}
+    run = {"args": vars(args), "device": device.type, "step": 0, "updates": 0, "saved": 0, "results_bytes": 0}
+    run |= {"returns": [], "epsilon": 1.0, "dormant": None, "reviewed": 0}
     run["counts"] = {f"ne/{name}/{change}": 0 for name in agent.layers for change in ("grown", "pruned")}
     obs, _ = env.reset(seed=args.seed)
     if checkpoint is not None:
@@ -508,7 +511,7 @@ def main() -> None:
             die(f"the checkpoint does not fit {args.env_id} with {n_obs} observations and {n_act} actions", code=1)
         run = checkpoint["run"]
     if args.evaluate:
-        returns = evaluate(agent.actor, env, args.eval_episodes, args.seed + EVAL_SEED)
+        returns = evaluate(agent.actor, env, args.eval_episodes, args.seed)
         return print(f"{args.env_id}, step {run['step']}: return {np.mean(returns):.1f}, std {np.std(returns):.1f}")
     if run["step"] == args.total_timesteps:
         return print(f"{args.resume} is finished, there is nothing to resume")
@@ -524,7 +527,8 @@ def main() -> None:
             rng.bit_generator.state = json.loads(state)
         obs, _ = env.reset()
     run_dir, writer = open_run(args, checkpoint)
-    eval_env = make_env(args.env_id, run_dir / "videos" if args.capture_video else None, args.eval_episodes)
+    videos = run_dir / "videos" / f"from_step_{run['step']}" if args.capture_video else None
+    eval_env = make_env(args.env_id, videos, args.eval_episodes)
     update_critic, update_actor = agent.update_critic, agent.update_actor
     if device.type == "cuda" and args.cudagraphs:
         update_critic, update_actor = CudaGraph(update_critic), CudaGraph(update_actor)
@@ -548,8 +552,8 @@ def main() -> None:
         stop_unless_finite(float(qf_loss) if run["updates"] else 0.0)
         run["saved"] = run["step"]
         writer.flush()
-        content = {"format": "ne_td3_continuous 1", "args": vars(args) | {"resume": None}, "run": run}
-        content |= {"agent": agent.state_dict(), "ne_rng": agent.ne_rng.get_state()}
+        content = {"format": "ne_td3_continuous 1", "run": run, "agent": agent.state_dict()}
+        content["ne_rng"] = agent.ne_rng.get_state()
         content["optimizers"] = {name: adam.state_dict() for name, adam in agent.optimizers.items()}
         content["buffer"] = None if finished else buffer.state_dict()
         content["numpy_rngs"] = [json.dumps(r.bit_generator.state, default=np.ndarray.tolist) for r in numpy_rngs]
@@ -594,12 +598,12 @@ def main() -> None:
             for name, layer in ((f"{n}/{i}", layer) for n in agent.layers for i, layer in enumerate(agent.layers[n])):
                 writer.add_image(f"masks/{name}", layer.mask[None].float(), step)
         # log
-        if step % 1_000 == 0:
+        if step % 1_000 == 0 and run["updates"]:
             losses = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/actor_loss": actor_loss}
             log({"charts/SPS": (step - first_step) / (time.time() - start)} | losses)
         # evaluate
         if step % args.eval_frequency == 0 or step == args.total_timesteps:
-            returns = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed + EVAL_SEED)
+            returns = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed)
             row = {"step": step, "eval/return_mean": np.mean(returns), "eval/return_std": np.std(returns)}
             row["charts/episodic_return"] = np.mean(run["returns"] or [math.nan])
             row |= {"losses/qf_loss": float(qf_loss), "losses/qf_values": float(qf_values)}
@@ -607,7 +611,7 @@ def main() -> None:
                 row |= topology.metrics(f"ne/{name}", agent.layers[name], sum(hidden, []))
             row |= run["counts"] | {"ne/review_epsilon": run["epsilon"]}
             row["ne/review_share"] = run["reviewed"] / max(run["updates"], 1)
-            log(row)
+            log({key: value for key, value in row.items() if key.startswith(("eval/", "ne/"))})
             density = f"density {row['ne/actor/density']:.0%} actor, {row['ne/critic/density']:.0%} critics"
             bar.write(f"step {step:,}: return {np.mean(returns):.0f} +- {np.std(returns):.0f}, {density}")
             with open(run_dir / "results.csv", "a", newline="") as file:
@@ -628,8 +632,8 @@ def main() -> None:
             obs, _ = env.reset()
 
     save(finished=True)
-    bar.close()
-    writer.close()
+    for part in (bar, writer, env, eval_env):
+        part.close()
     speed = (step - first_step) / (time.time() - start)
     print(f"return {row['eval/return_mean']:.1f} +- {row['eval/return_std']:.1f} at {speed:.0f} steps per second")
     for name in agent.optimizers:
@@ -639,7 +643,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise SystemExit(130) from None
     except OSError as e:  # a full disk, a folder that went away
         die(f"cannot write: {e}; make room and continue the last checkpoint with --resume", code=1)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None

@@ -1,5 +1,6 @@
 """Invariants of the agent: masks, dense gradients, moments, targets, weight clipping, and equality with plain TD3."""
 
+import contextlib
 import copy
 import math
 
@@ -333,6 +334,28 @@ def test_dense_is_bit_equal_to_plain_td3():
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
+def test_a_graph_is_captured_once_after_three_plain_updates(monkeypatch):
+    """The order of calls, with stand-ins for CUDA: what is recorded runs again at every replay."""
+    calls = []
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        calls.append("capture")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    update = ne.CudaGraph(lambda batch: calls.append("update") or len(calls))
+    losses = [update(None) for _ in range(6)]
+    assert calls == ["update"] * 3 + ["capture", "update", "replay", "replay", "replay"]
+    assert losses == [1, 2, 3, 5, 5, 5]  # the captured update's own tensors from then on
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graphs_agree_with_eager_over_200_updates_with_rounds_in_between():
     torch.cuda.set_stream(torch.cuda.Stream())

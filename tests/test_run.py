@@ -55,12 +55,17 @@ def assert_one_line(error: str, *words: str) -> None:
         assert word in lines[0]
 
 
+def rows(folder: Path) -> list[dict]:
+    results = folder / "results.csv"
+    return list(csv.DictReader(results.open())) if results.exists() else []
+
+
 def assert_equal_runs(run: Path, other: Path) -> None:
     """Bit-identical results.csv and final checkpoint, but for the flags that name the folder."""
     assert (run / "results.csv").read_bytes() == (other / "results.csv").read_bytes()
     one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run, other))
     for content in (one, two):
-        content["args"].pop("run_dir")
+        content["run"]["args"].pop("run_dir")
         content["run"].pop("saved")
     assert_equal(one, two)
 
@@ -93,18 +98,18 @@ def whole(tmp_path_factory) -> Path:
 
 # --- end to end -------------------------------------------------------------------------------------------------------
 def test_a_run_leaves_rows_events_arguments_and_a_checkpoint(whole):
-    rows = list(csv.DictReader((whole / "results.csv").open()))
-    assert [int(row["step"]) for row in rows] == [500, 1000, 1500, 2000, 2500]
-    for row in rows:
+    results = rows(whole)
+    assert [int(row["step"]) for row in results] == [500, 1000, 1500, 2000, 2500]
+    for row in results:
         assert -2000 < float(row["eval/return_mean"]) < 0  # Pendulum's range
         for name in ("actor", "critic"):
             assert 0 < float(row[f"ne/{name}/density"]) <= 1
             assert float(row[f"ne/{name}/active_ratio"]) >= float(row[f"ne/{name}/active_ratio_0.1"])
     for name in ("actor", "critic"):
-        density = [float(row[f"ne/{name}/density"]) for row in rows]
+        density = [float(row[f"ne/{name}/density"]) for row in results]
         assert density == sorted(density) and 0.25 < density[0] < 0.8 < density[-1]
-        assert int(rows[-1][f"ne/{name}/grown"]) > 0
-    assert 0.65 <= float(rows[-1]["ne/review_epsilon"]) < 1 and float(rows[-1]["ne/review_share"]) > 0
+        assert int(results[-1][f"ne/{name}/grown"]) > 0
+    assert 0.65 <= float(results[-1]["ne/review_epsilon"]) < 1 and float(results[-1]["ne/review_share"]) > 0
 
     events = EventAccumulator(str(whole), size_guidance={"images": 0})
     events.Reload()
@@ -129,8 +134,7 @@ def test_it_says_what_will_happen_and_what_came_out(whole):
 def test_a_checkpoint_can_be_evaluated(whole, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--evaluate", str(whole / "checkpoint.pt"), "--eval-episodes", "2"])
     ne.main()
-    last = list(csv.DictReader((whole / "results.csv").open()))[-1]
-    expected = f"Pendulum-v1, step 2500: return {float(last['eval/return_mean']):.1f}"
+    expected = f"Pendulum-v1, step 2500: return {float(rows(whole)[-1]['eval/return_mean']):.1f}"
     assert expected in capsys.readouterr().out  # the same episodes as the last evaluation of the run
 
 
@@ -171,7 +175,7 @@ def test_a_killed_run_resumes_exactly(whole, tmp_path, setup, saved):
     assert code == -signal.SIGKILL
     assert (folder / "checkpoint.tmp").exists() == (setup is KILL_IN_SAVING)
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["run"]["step"] == saved
-    assert len((folder / "results.csv").read_text().splitlines()) > 1 + saved // 500  # rows that the resumed run redoes
+    assert len(rows(folder)) > saved // 500  # rows that the resumed run redoes
     code, _, err = finish(launch(f"--resume {folder}"))
     assert code == 0, err
     assert_equal_runs(whole, folder)
@@ -185,7 +189,7 @@ def test_a_signal_ends_the_episode_saves_and_resumes_exactly(whole, tmp_path, nu
     folder = tmp_path / "run"
     process = launch(f"{SMALL} --run-dir {folder}")
     deadline = time.time() + 120
-    while time.time() < deadline and not (folder / "results.csv").exists():
+    while time.time() < deadline and not rows(folder):
         time.sleep(0.05)
     process.send_signal(number)
     returned, out, err = finish(process)
@@ -196,6 +200,21 @@ def test_a_signal_ends_the_episode_saves_and_resumes_exactly(whole, tmp_path, nu
     returned, _, err = finish(launch(f"--resume {folder}"))
     assert returned == 0, err
     assert_equal_runs(whole, folder)
+
+
+def test_resumed_twice_before_the_first_row_and_with_another_logging_flag(tmp_path):
+    """SIGTERM in the first episode of each process: the rows are those of a run that was never interrupted."""
+    folder, other = tmp_path / "run", tmp_path / "whole"
+    flags = "--env-id Pendulum-v1 --total-timesteps 1000 --eval-frequency 450 --eval-episodes 1 --no-cuda"
+    stop_at_once = "ne.ReplayBuffer.add = (lambda add: lambda *a: (os.kill(os.getpid(), signal.SIGTERM) "
+    stop_at_once += "if a[0].size % 200 == 50 else None, add(*a)))(ne.ReplayBuffer.add)"
+    for arguments, step in ((f"{flags} --run-dir {folder}", 200), (f"--resume {folder} --no-cudagraphs", 400)):
+        code, out, err = finish(launch(arguments, stop_at_once))
+        assert code == 0 and f"stopped at step {step}" in out, err
+    for arguments in (f"--resume {folder}", f"{flags} --run-dir {other}"):
+        code, _, err = finish(launch(arguments))
+        assert code == 0, err
+    assert_equal_runs(other, folder)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(whole, tmp_path):
@@ -363,7 +382,7 @@ def test_spoilt_checkpoints_are_refused(interrupted, monkeypatch, capsys, spoil)
 @pytest.mark.parametrize("change", [{"env_id": "MountainCarContinuous-v0"}, {"critic_hidden": (32, 16)}])
 def test_a_checkpoint_that_does_not_fit_is_refused(interrupted, monkeypatch, capsys, change):
     content = torch.load(interrupted / "checkpoint.pt", weights_only=True)
-    content["args"] |= change
+    content["run"]["args"] |= change
     torch.save(content, interrupted / "checkpoint.pt")
     results = (interrupted / "results.csv").read_bytes()
     code, err = in_process(monkeypatch, capsys, f"--resume {interrupted}")
@@ -402,7 +421,7 @@ def test_videos_are_recorded(tmp_path):
     flags = "--env-id InvertedPendulum-v5 --total-timesteps 400 --learning-starts 100 --eval-frequency 200 --no-cuda"
     code, _, err = finish(launch(f"{flags} --eval-episodes 3 --capture-video --run-dir {folder}"))
     assert code == 0, err
-    videos = sorted(path.name for path in (folder / "videos").glob("*.mp4"))
+    videos = sorted(path.name for path in (folder / "videos" / "from_step_0").glob("*.mp4"))
     assert videos == ["rl-video-episode-0.mp4", "rl-video-episode-3.mp4"]
 
 

@@ -97,8 +97,7 @@ def die(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-# the range of each flag; None, where it is a default, is not checked
-RANGES = [
+RANGES = [  # of each flag; None, where it is a default, is not checked
     ("at least 0", lambda x: x >= 0, "seed exploration_noise policy_noise noise_clip weight_clip review_tau"),
     ("at least 1", lambda x: x >= 1, "total_timesteps torch_threads eval_frequency eval_episodes batch_size"),
     ("at least 1", lambda x: x >= 1, "checkpoint_frequency learning_starts buffer_size policy_frequency"),
@@ -535,9 +534,9 @@ def main() -> None:
     rounds, alpha, plan = topology.growth_schedule(args)
     print(f"{args.env_id}, seed {args.seed}, {device}: {run_dir}\n{plan}")
     bar = tqdm(total=args.total_timesteps, initial=run["step"], unit=" steps", disable=None)
-    stops = []  # signals: the first one ends the run after the episode in hand, a second one at once
+    stops, hint = [], b"\nfinishing the episode in hand, then saving (once more: stop at once)\n"
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, _: os._exit(128 + number) if stops else stops.append(number))
+        signal.signal(signum, lambda n, _: os._exit(128 + n) if stops else stops.append(n) or os.write(2, hint))
 
     def log(values: dict) -> None:
         for key, value in values.items():

@@ -84,6 +84,7 @@ def growth_schedule(args) -> tuple[range, float, str]:
         alpha = solve_growth_rate(start, args.final_density, len(rounds))
     if args.growth == "none" or not rounds:
         return rounds, 0.0, f"topology: {networks} stay at {start:.0%}, nothing grows"
+    rounds = range(first, min(growth_end, args.total_timesteps + 1), args.grow_interval)  # T_end may be after the run
     inactive = 1 - start
     for step in rounds:
         inactive *= 1 - growth_fraction(alpha, step, growth_end)

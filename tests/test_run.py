@@ -196,7 +196,7 @@ def test_a_signal_ends_the_episode_saves_and_resumes_exactly(whole, tmp_path, nu
     assert returned == code, err
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["run"]["step"]
     assert step % 200 == 0 and 500 <= step < 2500
-    assert f"stopped at step {step}" in out and f"--resume {folder}" in out
+    assert "finishing the episode" in err and f"stopped at step {step}" in out and f"--resume {folder}" in out
     returned, _, err = finish(launch(f"--resume {folder}"))
     assert returned == 0, err
     assert_equal_runs(whole, folder)

@@ -124,6 +124,7 @@ def test_solved_alpha_comes_near_the_final_density(start, total, interval):
         ({"growth": "none"}, "stay at 25%"),
         ({"total_timesteps": 20_000}, "stay at 25%"),
         ({"ne_actor": False}, "topology: critics 25% -> 95%"),
+        ({"growth_end": 2_000_000}, "25% -> 92% in 98 rounds"),  # the run ends at half of the cosine
     ],
 )
 def test_the_plan_says_what_will_happen(changes, words):

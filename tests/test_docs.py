@@ -1,0 +1,150 @@
+"""The documentation against the code: links to lines, flags and their defaults, logged keys, commands."""
+
+import dataclasses
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+
+import ne_td3_continuous as ne
+import utils_topology as topology
+
+ROOT = Path(ne.__file__).parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDE = (ROOT / "docs" / "ne_td3.md").read_text()
+SCRIPT = Path(ne.__file__).read_text()
+
+# [`file.py:12`](../file.py#L12) `fragment of that line`
+LINK = re.compile(r"\[`?([\w/.]+\.py):(\d+)`?\]\(([\w/.]+\.py)#L(\d+)\)\s+`([^`\n]+)`")
+
+
+def section(title: str) -> str:
+    """The text of a second-level section of docs/ne_td3.md."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", GUIDE, re.M | re.S)[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every table row in a Markdown text."""
+    lines = [line.strip() for line in text.splitlines()]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def in_backticks(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_to_lines_show_what_they_say(page):
+    text = page.read_text()
+    links = LINK.findall(text)
+    assert links, f"{page.name} has no link to a line"
+    assert len(links) == len(re.findall(r"#L\d", text)), f"{page.name}: a link without `fragment` behind it"
+    wrong = []
+    for shown, number, target, anchor, fragment in links:
+        file = (page.parent / target).resolve()
+        assert file == ROOT / shown and file.is_file(), f"{page.name}: {shown} and {target} must be the same file"
+        if number != anchor:
+            wrong.append(f"{shown}:{number} links to #L{anchor}")
+        lines = file.read_text().splitlines()
+        found = [n for n, line in enumerate(lines, 1) if fragment in line]
+        if int(number) not in found:
+            now = " or ".join(map(str, found)) or "nowhere"
+            wrong.append(f"{shown}:{number}, found now at {now}: {fragment}")
+    assert not wrong, f"{page.name}:\n" + "\n".join(wrong)
+
+
+def test_both_files_are_linked_to():
+    assert {shown for shown, *_ in LINK.findall(GUIDE)} == {"ne_td3_continuous.py", "utils_topology.py"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_inside_the_repository_lead_somewhere(page):
+    text = page.read_text()
+    for target, anchor in re.findall(r"(?<!!)\[[^\]]*\]\((?!https?:)([^)#\s]*)(?:#([\w-]+))?\)", text):
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page.name}: there is no {target}"
+        if anchor and file.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+            assert anchor in anchors, f"{page.name}: there is no section {anchor} in {file.name}"
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+def says(cell: str, value) -> bool:
+    """Whether a table's cell gives this default. None stands for something that is worked out, in words."""
+    if value is None:
+        return bool(re.match("[a-z]", cell))
+    if isinstance(value, bool):
+        return cell == ("on" if value else "off")
+    if isinstance(value, tuple):
+        return cell == " ".join(map(str, value))
+    if isinstance(value, str):
+        return cell == value
+    return float(cell.replace(",", "")) == value
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(ne.Args), ids=lambda field: field.name)
+def test_every_flag_is_in_the_tables_with_its_default(field):
+    flag = "--" + field.name.replace("_", "-")
+    names = [flag, flag.replace("--", "--no-", 1)] if isinstance(field.default, bool) else [flag]
+    defaults = [row[1] for row in rows(section("Hyperparameters")) if in_backticks(row[0]) == names]
+    assert len(defaults) == 1, f"docs/ne_td3.md must have one row for {', '.join(names)}"
+    assert says(defaults[0], field.default), f"{flag}: default {defaults[0]} in the docs, {field.default} in Args"
+
+
+def test_the_tables_have_no_other_flags():
+    documented = {name for row in rows(section("Hyperparameters")) for name in in_backticks(row[0])}
+    fields = {field.name: field.default for field in dataclasses.fields(ne.Args)}
+    flags = {"--" + name.replace("_", "-") for name in fields}
+    flags |= {"--no-" + name.replace("_", "-") for name, default in fields.items() if isinstance(default, bool)}
+    assert documented == flags
+
+
+def commands(text: str) -> list[str]:
+    """The arguments of all calls of the script, in code blocks and between backticks."""
+    return re.findall(r"python ne_td3_continuous\.py([^`#\n]*)", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_commands_are_accepted(page):
+    calls = [shlex.split(call) for call in commands(page.read_text())]
+    assert calls
+    for call in calls:
+        if "--help" not in call:
+            tyro.cli(ne.Args, args=call)
+
+
+# --- logged keys ------------------------------------------------------------------------------------------------------
+def documented_keys() -> dict[str, str]:
+    """{key: explanation} of the table of metrics, with {actor,critic} written out."""
+    keys = {}
+    for row in rows(section("Logged metrics explained")):
+        for key in in_backticks(row[0]):
+            parts = [part.split(",") for part in re.split(r"[{}]", key)]
+            keys |= {"".join(choice): row[-1] for choice in itertools.product(*parts)}
+    return keys
+
+
+def logged_keys() -> set[str]:
+    """What the script logs: the keys in its source, those of `topology.metrics`, and the step."""
+    layer, hidden = ne.MaskedLinear(2, 3), torch.ones(4, 3)
+    keys = {"step"} | {key for n in ("actor", "critic") for key in topology.metrics(f"ne/{n}", [layer], [hidden])}
+    for key in re.findall(r'"([a-z]+/[\w{}/.]+)"', SCRIPT):  # those with {...} are f-strings
+        networks = ["actor/N", "critic/N"] if key.startswith("masks/") else ["actor", "critic"]
+        values = {"{name}": networks, "{network}": networks, "{change}": ["grown", "pruned"]}
+        parts = re.split(r"(\{\w+\})", key)
+        keys |= {"".join(choice) for choice in itertools.product(*(values.get(part, [part]) for part in parts))}
+    return {key for key in keys if not any(other.startswith(f"{key}/") for other in keys)}  # without mere prefixes
+
+
+def test_every_logged_key_is_explained_and_no_other():
+    logged, documented = logged_keys(), documented_keys()
+    assert {"eval/return_mean", "losses/actor_loss", "ne/review_share", "ne/critic/fau", "ne/actor/grown"} <= logged
+    assert sorted(logged - set(documented)) == [], "not explained in docs/ne_td3.md"
+    assert sorted(set(documented) - logged) == [], "explained, but not logged"
+    assert all(len(explanation.split()) > 3 for explanation in documented.values())

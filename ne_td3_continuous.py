@@ -123,7 +123,7 @@ def make_env(env_id: str, videos: Path | None = None, episodes: int = 1) -> gym.
             env.render()
             env = gym.wrappers.RecordVideo(env, str(videos), episode_trigger=lambda episode: episode % episodes == 0)
     except Exception as e:  # each environment and each renderer has errors of its own
-        renders = os.environ.get("MUJOCO_GL") == "egl" and not isinstance(e, gym.error.UnregisteredEnv)
+        renders = os.environ.get("MUJOCO_GL") != "disable" and not isinstance(e, gym.error.UnregisteredEnv)
         flag = "--capture-video needs moviepy and OpenGL (Debian: libegl1, libgl1)" if renders else "--env-id"
         die(f"{flag}: cannot make {env_id}: {' '.join(str(e).split())}")
     obs, act = env.observation_space, env.action_space

@@ -427,7 +427,6 @@ def test_videos_are_recorded(tmp_path):
 
 def test_video_without_its_package(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "moviepy", None)
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     code, err = in_process(monkeypatch, capsys, f"{SMALL} --capture-video --run-dir {tmp_path / 'run'}")
     assert code == 2
     assert_one_line(err, "--capture-video needs moviepy")

@@ -2,7 +2,7 @@ PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-DEMO_STEPS ?= 40000
+DEMO_STEPS ?= 28000
 DEMO = $(RUN) ne_td3_continuous.py --env-id HalfCheetah-v5 --total-timesteps $(DEMO_STEPS) --learning-starts 5000 \
 	--grow-interval 1000 --eval-frequency 2000 --eval-episodes 3
 

@@ -8,6 +8,7 @@ The same with --initial-density 1 --review-floor 1 is TD3, bit for bit. Docs, de
 
 import copy
 import csv
+import gc
 import json
 import math
 import os
@@ -21,8 +22,6 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what --torch-deterministic needs on CUDA
 
 import gymnasium as gym
 import numpy as np
@@ -45,6 +44,7 @@ class Args:
     total_timesteps: int = 1_000_000  # length of the run in environment steps
     cuda: bool = True  # use the GPU if there is one
     cudagraphs: bool = True  # on CUDA: capture the two updates once and replay them; off: eager
+    compile: bool = False  # compile losses and gradients: faster on a CPU after half a minute, needs a C++ compiler
     torch_threads: int = 1  # CPU threads of torch; networks this small run best with one and several runs side by side
     torch_deterministic: bool = True  # on CUDA: deterministic kernels where there are any
     run_dir: str | None = None  # where all files go; default runs/{env_id}__{exp_name}__{seed}__{unix_time}
@@ -128,10 +128,9 @@ def make_env(env_id: str, videos: Path | None = None, episodes: int = 1) -> gym.
         flag = "--capture-video needs moviepy and OpenGL (Debian: libegl1, libgl1)" if renders else "--env-id"
         die(f"{flag}: cannot make {env_id}: {' '.join(str(e).split())}")
     obs, act = env.observation_space, env.action_space
-    if not (isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.dtype.kind == "f"):
-        die(f"--env-id must have flat Box observations of floats, got {env_id} with {obs}")
-    if not (isinstance(act, gym.spaces.Box) and len(act.shape) == 1 and np.isfinite(act.high - act.low).all()):
-        die(f"--env-id must have flat Box actions with finite bounds, got {env_id} with {act}")
+    flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs, act))
+    if not flat or obs.dtype.kind != "f" or not np.isfinite(act.high - act.low).all():
+        die(f"--env-id needs flat Box observations of floats, flat Box actions with finite bounds; got {obs} and {act}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
@@ -201,15 +200,10 @@ class MaskedLinear(nn.Linear):
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out)
-        self.initial_density = 1.0
+        self.initial_density, self.clipped = 1.0, False
         self.register_buffer("mask", torch.ones(n_out, n_in, dtype=torch.bool))
         self.register_buffer("keep", torch.ones(n_out, n_in))  # the mask as floats: 8 times faster to multiply by
         self.register_buffer("bound", torch.full((n_out, n_in), math.inf))
-
-    @torch.no_grad()
-    def apply_mask(self) -> None:
-        self.keep.copy_(self.mask)
-        self.weight.mul_(self.keep)
 
 
 class MLP(nn.Module):
@@ -224,7 +218,7 @@ class MLP(nn.Module):
         """(B, sizes[0]) -> [(B, n), ...] of the hidden layers."""
         hidden = []
         for layer, norm in zip(self.layers, self.norms, strict=False):
-            x = F.relu(norm(layer(x)))
+            x = F.relu(norm(layer(x)), inplace=True)
             hidden.append(x)
         return hidden
 
@@ -238,7 +232,7 @@ class Actor(MLP):
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return torch.tanh(super().forward(obs))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The action (act,) for one observation (obs,)."""
         device = self.layers[0].weight.device
@@ -271,10 +265,11 @@ class Agent(nn.Module):
         self.mlps = {"actor": [self.actor], "critic": [*self.critic]}
         self.layers = {name: [layer for mlp in mlps for layer in mlp.layers] for name, mlps in self.mlps.items()}
         self.target_layers = [layer for mlp in (self.target_actor, *self.target_critic) for layer in mlp.layers]
-        self.online = [*self.actor.parameters(), *self.critic.parameters()]
+        self.params = {name: [p for mlp in mlps for p in mlp.parameters()] for name, mlps in self.mlps.items()}
         self.targets = [*self.target_actor.parameters(), *self.target_critic.parameters()]
-        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
-        self.optimizers = {"actor": adam(self.actor.parameters()), "critic": adam(self.critic.parameters())}
+        self.optimizers = {name: topology.adam(p, args.learning_rate) for name, p in self.params.items()}
+        self.online_layers = self.layers["actor"] + self.layers["critic"]
+        topology.apply_masks(self.online_layers, self.target_layers)
 
     def critic_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Eq. 3 with TD3's target smoothing and clipped double Q. Returns loss and mean Q."""
@@ -292,33 +287,26 @@ class Agent(nn.Module):
         """Eq. 4, deterministic policy gradient: minus the mean Q1 of the policy's own actions."""
         return -self.critic[0](torch.cat((batch.obs, self.actor(batch.obs)), dim=1)).mean()
 
-    def masked_step(self, name: str) -> None:
-        """Adam on the active connections only, then weight clipping of reset neurons (§B.2; Elsayed et al. 2024)."""
-        weights = [layer.weight for layer in self.layers[name]]
-        torch._foreach_mul_([w.grad for w in weights], [layer.keep for layer in self.layers[name]])
-        self.optimizers[name].step()
-        if self.args.weight_clip > 0:
-            bounds = [layer.bound for layer in self.layers[name]]
-            with torch.no_grad():
-                torch._foreach_clamp_max_(weights, bounds)
-                torch._foreach_clamp_min_(weights, torch._foreach_neg(bounds))
+    def critic_gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        loss, mean_q = self.critic_loss(batch)
+        return loss.detach(), mean_q.detach(), torch.autograd.grad(loss, self.params["critic"])
+
+    def actor_gradients(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        loss = self.actor_loss(batch)
+        return loss.detach(), torch.autograd.grad(loss, self.params["actor"])
 
     def update_critic(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, mean_q = self.critic_loss(batch)
-        self.optimizers["critic"].zero_grad()
-        loss.backward()
-        self.masked_step("critic")
-        return loss.detach(), mean_q.detach()
+        loss, mean_q, gradients = self.critic_gradients(batch)
+        topology.masked_step(self.optimizers["critic"], self.layers["critic"], gradients)
+        return loss, mean_q
 
     def update_actor(self, batch: Batch) -> torch.Tensor:
         """One step of the policy, then Polyak averaging of all targets."""
-        loss = self.actor_loss(batch)
-        self.optimizers["actor"].zero_grad()
-        loss.backward(inputs=[*self.actor.parameters()])  # the critic's own gradients are not wanted
-        self.masked_step("actor")
+        loss, gradients = self.actor_gradients(batch)
+        topology.masked_step(self.optimizers["actor"], self.layers["actor"], gradients)
         with torch.no_grad():
-            torch._foreach_lerp_(self.targets, self.online, self.args.tau)
-        return loss.detach()
+            torch._foreach_lerp_(self.targets, self.params["actor"] + self.params["critic"], self.args.tau)
+        return loss
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> dict[str, list[list[torch.Tensor]]]:
@@ -344,44 +332,51 @@ class CudaGraph:
         return self.losses
 
 
-# --- the topology round (§4.2, Eq. 2) --------------------------------------------------------------------------------
+def compile_gradients(agent: Agent, batch: Batch) -> None:
+    """One compiled graph for loss and backward pass of each network. Raises: SystemExit(1) if it cannot be compiled."""
+    print("compiling losses and gradients: half a minute, less when it was done before")
+    torch._dynamo.config.trace_autograd_ops = True
+    compiled = partial(torch.compile, fullgraph=True, options={"cpp_wrapper": not batch.obs.is_cuda})
+    agent.critic_gradients, agent.actor_gradients = map(compiled, (agent.critic_gradients, agent.actor_gradients))
+    try:
+        agent.critic_gradients(batch), agent.actor_gradients(batch)  # changes nothing but that they are compiled
+    except Exception as e:  # of the compilers, which are many
+        die(f"--compile needs a C++ compiler (Debian: g++, python3-dev): {str(e).splitlines()[0]}", code=1)
+    torch.compiler.set_stance(skip_guard_eval_unsafe=True)  # neither shapes nor tensors change from now on
+
+
 def topology_round(agent: Agent, batch: Batch, step: int, alpha: float) -> dict[str, int]:
-    """Grows, then prunes and resets every NE network in place. Returns {"ne/{network}/grown": connections, ...}.
+    """§4.2, Eq. 2: grows, then prunes and resets every NE network in place. Returns {"ne/{network}/grown": count, ...}.
 
     The gradients of `batch` are dense ones and no optimiser step is taken with them. Targets take the new masks.
     """
     args, counts, hidden = agent.args, Counter(), agent.hidden(batch)
     fraction = topology.growth_fraction(alpha, step, args.growth_end or args.total_timesteps)
     losses = {"actor": agent.actor_loss(batch), "critic": agent.critic_loss(batch)[0]}
-    for name, adam in agent.optimizers.items():
+    for name, optimizer in agent.optimizers.items():
         for mlp, activations in zip(agent.mlps[name], hidden[name], strict=True):
             # Elastic neuron generation
             weights = [layer.weight for layer in mlp.layers]
             scores = [g.abs() for g in torch.autograd.grad(losses[name], weights, retain_graph=True)]
             if args.growth == "random":
                 scores = [torch.rand(w.shape, generator=agent.ne_rng).to(w.device) for w in weights]
-            grown = topology.grow(mlp.layers, scores, fraction, adam)
+            grown = topology.grow(mlp.layers, scores, fraction, optimizer)
             # Dormant neuron pruning
             budget = int(args.prune_ratio * grown) if args.prune else 0
-            pruned = topology.prune(mlp.layers, activations, budget, adam, args.weight_clip, agent.ne_rng)
+            pruned = topology.prune(mlp.layers, activations, budget, optimizer, args.weight_clip, agent.ne_rng)
             counts.update({f"ne/{name}/grown": grown, f"ne/{name}/pruned": pruned})
-    for layer, target in zip(agent.layers["actor"] + agent.layers["critic"], agent.target_layers, strict=True):
-        target.mask.copy_(layer.mask)
-        layer.apply_mask()
-        target.apply_mask()
+    topology.apply_masks(agent.online_layers, agent.target_layers)
     return counts
 
 
-# --- experience review (§4.2, neuron consolidation) ------------------------------------------------------------------
 def review_threshold(epsilon: float, before: int | None, now: int, args: Args) -> float:
-    """The next threshold, from the critics' dormant neurons `before` and `now`. A batch is a review if u > epsilon."""
+    """§4.2, next threshold from the critics' dormant neurons before and now. A batch is a review if u > epsilon."""
     if before is None:  # the first count
         return epsilon
     r = max(0, before - now) / max(before, 1)  # in [0, 1]: large while growth wakes neurons up, then near 0
     return max(args.review_floor, (1 - args.review_decay) * epsilon + args.review_decay * r)
 
 
-# --- evaluation ------------------------------------------------------------------------------------------------------
 def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float]:
     """Undiscounted returns of the deterministic policy; the same seeds, hence the same starts, at every call."""
     returns = []
@@ -396,6 +391,7 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float
 
 
 # --- checkpoints and the run's folder --------------------------------------------------------------------------------
+FORMAT = "ne_td3_continuous 1"
 MAY_CHANGE_ON_RESUME = ("resume", "cudagraphs", "track", "wandb_project_name", "wandb_entity", "capture_video")
 
 
@@ -418,7 +414,7 @@ def load_checkpoint(path: Path) -> dict:
     """Raises: SystemExit(1) for a missing, damaged or foreign file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if content["format"] == "ne_td3_continuous 1":
+        if content["format"] == FORMAT:
             return content
     except FileNotFoundError:
         die(f"there is no checkpoint {path}", code=1)
@@ -488,6 +484,7 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each row at once
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic kernels need
         torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default stream
         torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -508,6 +505,7 @@ def main() -> None:
     if checkpoint is not None:
         try:
             agent.load_state_dict(checkpoint["agent"])
+            topology.apply_masks(agent.online_layers, agent.target_layers)
         except RuntimeError:
             die(f"the checkpoint does not fit {args.env_id} with {n_obs} observations and {n_act} actions", code=1)
         run = checkpoint["run"]
@@ -527,12 +525,13 @@ def main() -> None:
         for rng, state in zip(numpy_rngs, checkpoint["numpy_rngs"], strict=True):
             rng.bit_generator.state = json.loads(state)
         obs, _ = env.reset()
+    if args.compile:
+        compile_gradients(agent, buffer.batch)
     run_dir, writer = open_run(args, checkpoint)
-    videos = run_dir / "videos" / f"from_step_{run['step']}" if args.capture_video else None
+    videos = run_dir / f"videos/from_step_{run['step']}" if args.capture_video else None
     eval_env = make_env(args.env_id, videos, args.eval_episodes)
-    update_critic, update_actor = agent.update_critic, agent.update_actor
-    if device.type == "cuda" and args.cudagraphs:
-        update_critic, update_actor = CudaGraph(update_critic), CudaGraph(update_actor)
+    graphed = CudaGraph if device.type == "cuda" and args.cudagraphs else lambda update: update
+    update_critic, update_actor = graphed(agent.update_critic), graphed(agent.update_actor)
     rounds, alpha, plan = topology.growth_schedule(args)
     print(f"{args.env_id}, seed {args.seed}, {device}: {run_dir}\n{plan}")
     bar = tqdm(total=args.total_timesteps, initial=run["step"], unit=" steps", disable=None)
@@ -553,14 +552,14 @@ def main() -> None:
         stop_unless_finite(float(qf_loss) if run["updates"] else 0.0)
         run["saved"] = run["step"]
         writer.flush()
-        content = {"format": "ne_td3_continuous 1", "run": run, "agent": agent.state_dict()}
-        content["ne_rng"] = agent.ne_rng.get_state()
+        content = {"format": FORMAT, "run": run, "agent": agent.state_dict(), "ne_rng": agent.ne_rng.get_state()}
         content["optimizers"] = {name: adam.state_dict() for name, adam in agent.optimizers.items()}
         content["buffer"] = None if finished else buffer.state_dict()
         content["numpy_rngs"] = [json.dumps(r.bit_generator.state, default=np.ndarray.tolist) for r in numpy_rngs]
         save_checkpoint(run_dir / "checkpoint.pt", content)
 
     # --- the loop ---
+    gc.freeze()  # what exists by now stays: garbage collection need not look at it again
     qf_loss = qf_values = actor_loss = math.nan
     episodic_return, episodic_length, density, start, first_step = 0.0, 0, "", time.time(), run["step"]
     for step in range(run["step"] + 1, args.total_timesteps + 1):

@@ -57,7 +57,23 @@ def sparsify(layers: list, density: float, sparse_init: str, rng: torch.Generato
     for layer, layer_density in zip(layers, densities, strict=True):
         layer.initial_density = layer_density
         layer.mask.copy_(sample_mask(layer.mask.shape, layer_density, rng))
-        layer.apply_mask()
+        apply_mask(layer)
+
+
+@torch.no_grad()
+def apply_mask(layer) -> None:
+    """After a change of `layer.mask`: zeroes what it masks, and notes whether the layer has weights to clip."""
+    layer.keep.copy_(layer.mask)
+    layer.weight.mul_(layer.keep)
+    layer.clipped = layer.mask.is_cuda or bool(layer.bound.isfinite().any())  # a captured graph clips in any case
+
+
+def apply_masks(layers: list, targets: list) -> None:
+    """The same for all layers and for those of the target networks, which take over the masks."""
+    for layer, target in zip(layers, targets, strict=True):
+        target.mask.copy_(layer.mask)
+        apply_mask(layer)
+        apply_mask(target)
 
 
 def network_density(layers: list) -> float:
@@ -106,6 +122,36 @@ def solve_growth_rate(initial_density: float, final_density: float, rounds: int)
 def growth_fraction(alpha: float, step: int, growth_end: int) -> float:
     """Cosine-annealed share of a layer's inactive connections that is born at `step` (§4.2), in [0, 1]."""
     return min(1.0, alpha / 2 * (1 + math.cos(math.pi * step / growth_end)))
+
+
+# --- one step of the optimiser ----------------------------------------------------------------------------------------
+def adam(params: list[torch.Tensor], learning_rate: float) -> torch.optim.Adam:
+    """torch's fused Adam with its state made at once, so that `masked_step` finds it."""
+    optimizer = torch.optim.Adam(params, lr=learning_rate, fused=True, capturable=params[0].is_cuda)
+    for p in params:
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device)}
+        optimizer.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+@torch.no_grad()
+def masked_step(optimizer: torch.optim.Adam, layers: list, gradients: tuple[torch.Tensor, ...]) -> None:
+    """Adam on the active connections only, then weight clipping of reset neurons (§B.2; Elsayed et al. 2024).
+
+    `gradients` are the dense ones of all parameters; those of the weights come in the order of `layers` and are changed
+    in place. This calls the kernel of `torch.optim.Adam.step` without the bookkeeping around it, which takes longer on
+    a CPU than the arithmetic.
+    """
+    torch._foreach_mul_([g for g in gradients if g.dim() == 2], [layer.keep for layer in layers])
+    group = optimizer.param_groups[0]
+    states = [optimizer.state[p] for p in group["params"]]
+    means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+    settings = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+    torch._foreach_add_(steps, 1)
+    torch._fused_adam_(group["params"], gradients, means, squares, [], steps, beta1=0.9, beta2=0.999, **settings)
+    for layer in layers:
+        if layer.clipped:
+            layer.weight.clamp_(-layer.bound, layer.bound)
 
 
 # --- grow, prune, reset ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What the script's main() changes in the process it runs in is undone after each test."""
 
+import gc
 import os
 import signal
 
@@ -13,6 +14,7 @@ def same_process_as_before():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     torch.set_flush_denormal(False)
+    gc.unfreeze()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     os.environ.pop("MUJOCO_GL", None)

@@ -333,6 +333,31 @@ def test_dense_is_bit_equal_to_plain_td3():
             assert torch.equal(p, expected)
 
 
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("layer_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_gradients_are_those_of_the_eager_agent(monkeypatch, layer_norm):
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda **_: None)  # it would stay set for the tests to come
+    agent, buffer = make_agent(layer_norm=layer_norm)
+    train(agent, buffer, 20, rounds=2)
+    eager = copy.deepcopy(agent)
+    ne.compile_gradients(agent, buffer.batch)
+    assert all(torch.equal(a, b) for a, b in zip(agent.parameters(), eager.parameters(), strict=True))
+    for _ in range(3):
+        batch = buffer.sample()
+        for gradients, expected in (
+            (agent.critic_gradients(batch), eager.critic_gradients(batch)),
+            (agent.actor_gradients(batch), eager.actor_gradients(batch)),
+        ):
+            assert [len(gradients), len(gradients[-1])] == [len(expected), len(expected[-1])]
+            for ours, theirs in zip([*gradients[:-1], *gradients[-1]], [*expected[:-1], *expected[-1]], strict=True):
+                assert torch.allclose(ours, theirs, atol=1e-5)
+        agent.update_critic(batch)
+        agent.update_actor(batch)
+        eager.load_state_dict(agent.state_dict())
+    for layer in agent.online_layers:
+        assert torch.equal(layer.weight, layer.weight * layer.mask)
+
+
 # --- CUDA -------------------------------------------------------------------------------------------------------------
 def test_a_graph_is_captured_once_after_three_plain_updates(monkeypatch):
     """The order of calls, with stand-ins for CUDA: what is recorded runs again at every replay."""

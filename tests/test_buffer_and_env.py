@@ -123,7 +123,8 @@ def test_other_spaces_are_refused(register, capsys, spaces, words):
     with pytest.raises(SystemExit) as stop:
         ne.make_env(register(**spaces))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: --env-id must have") and words in error
+    assert stop.value.code == 2 and error.startswith("error: --env-id needs") and words in error
+    assert all(str(space) in error for space in spaces.values())
 
 
 def test_evaluation_is_deterministic_and_has_its_own_starts():

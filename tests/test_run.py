@@ -184,6 +184,18 @@ def test_a_killed_run_resumes_exactly(whole, tmp_path, setup, saved):
     assert [e.step for e in events.Scalars("eval/return_mean")] == [500, 1000, 1500, 2000, 2500]
 
 
+@pytest.mark.slow
+def test_a_compiled_run_resumes_exactly(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, out, err = finish(launch(f"{SMALL} --compile --run-dir {whole}"))
+    assert code == 0 and "compiling" in out, err
+    code, _, _ = finish(launch(f"{SMALL} --compile --run-dir {killed}", KILL_IN_TRAINING))
+    assert code == -signal.SIGKILL and rows(killed)
+    code, _, err = finish(launch(f"--resume {killed}"))
+    assert code == 0, err
+    assert_equal_runs(whole, killed)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_episode_saves_and_resumes_exactly(whole, tmp_path, number, code):
     folder = tmp_path / "run"
@@ -309,6 +321,14 @@ def test_a_refusal_in_a_process_of_its_own():
     code, out, err = finish(launch("--prune-ratio 1"))
     assert (code, out) == (2, "")
     assert err == "error: --prune-ratio must be in [0, 1), so that every round grows on net, got 1.0\n"
+
+
+def test_compile_without_a_compiler(tmp_path):
+    environment = {**os.environ, "CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    code, _, err = finish(launch(f"{SMALL} --compile --run-dir {tmp_path / 'run'}", env=environment))
+    assert code == 1
+    assert_one_line(err, "--compile needs a C++ compiler", "g++")
+    assert not (tmp_path / "run").exists()
 
 
 def test_folders_that_cannot_be_used(whole, tmp_path, monkeypatch, capsys):

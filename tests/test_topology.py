@@ -230,7 +230,7 @@ def test_pruning_keeps_to_its_budget_and_to_the_output(seed, budget, density):
     for depth, width in ((0, 24), (1, 16)):
         for neuron in torch.randperm(width, generator=rng)[: width // 2].tolist():
             silence(mlp, depth, neuron)
-            mlp.layers[depth].apply_mask()
+            topology.apply_mask(mlp.layers[depth])
     x = 0.1 * torch.randn(32, 6, generator=rng)
     hidden, before = mlp.activations(x), mlp(x)
     active = [int(layer.mask.sum()) for layer in mlp.layers]

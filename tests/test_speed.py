@@ -1,0 +1,89 @@
+"""The benchmark: trainings that take turns, what it counts, and what it refuses."""
+
+import csv
+
+import pytest
+
+from benchmark import speed
+
+SMALL = speed.Setting(env_id="Pendulum-v1", widths=(16, 16), batch_size=16)
+
+
+@pytest.fixture
+def contender():
+    """Our script at the gate, before its first step."""
+    contender = speed.Contender("NE-TD3", speed.ours(SMALL), 50, speed.cores(1))
+    yield contender
+    contender.close()
+
+
+def test_a_contender_takes_as_many_steps_as_a_turn_has(contender):
+    assert contender.wait()["steps"] == 0
+    reports = [contender.turn() for _ in range(4)]
+    assert [report["steps"] for report in reports] == [50, 100, 150, 200]
+    assert all(0 < report["seconds"] < 60 and report["rss_mib"] > 50 for report in reports)
+    assert contender.process.poll() is None  # it waits for its next turn
+
+
+def test_turns_begin_after_the_first_updates(contender, tmp_path, capsys):
+    speed.take_turns([contender], 3)
+    assert len(contender.turns) == 3 and contender.turns[0]["steps"] >= speed.RANDOM_STEPS + 150
+    assert contender.process.poll() is not None
+    speed.write_csv(tmp_path / "turns.csv", speed.turns_of([contender]))
+    rows = list(csv.DictReader((tmp_path / "turns.csv").open()))
+    assert [row["turn"] for row in rows] == ["1", "2", "3"]
+    for row, turn in zip(rows, contender.turns, strict=True):
+        assert float(row["steps_per_second"]) == pytest.approx(50 / turn["seconds"], abs=0.01)
+    speed.draw_bars([contender], tmp_path / "bars.png", "Pendulum-v1")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_contender_that_fails_is_named_with_its_own_words(capsys):
+    contender = speed.Contender("broken", speed.ours(SMALL, "--gamma", "2"), 50, speed.cores(1))
+    with pytest.raises(SystemExit) as stop:
+        contender.wait()
+    contender.close()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: broken ended with exit code 2: error: --gamma must be in [0, 1]")
+
+
+def test_the_operations_of_an_update_are_those_of_its_matrix_products():
+    limits = {row["ceiling"]: float(row["value"]) for row in speed.ceilings(SMALL)}
+    batch, n_obs, n_act, width = 16, 3, 1, 16
+    actor = n_obs * width + width * width + width * n_act
+    critic = (n_obs + n_act) * width + width * width + width
+    inputs = width * width + width  # of a critic or an actor: the gradient of what goes into all layers but the first
+    critic_update = (actor + 2 * critic) + 2 * (critic + critic + inputs)  # targets; forward, weights, inputs
+    through_critic = critic + inputs + (n_obs + n_act) * width
+    actor_update = actor + through_critic + actor + width * n_act + width * width
+    expected = 2 * batch * (critic_update + actor_update / 2) / 1e6
+    assert limits["matrix products of one environment step"] == pytest.approx(expected, abs=0.051)
+    assert all(value > 0 for value in limits.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"peers": ("CleanRL",)}, "--peers must be from Stable-Baselines3, SBX, got CleanRL"),
+        ({"peers": (), "command": ("CleanRL",)}, "--command must be LABEL=PYTHON SCRIPT [ARGS...], got CleanRL"),
+        ({"peers": (), "setting": speed.Setting(threads=10_000)}, "--threads must be 1 to"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        speed.compare(**arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_more_runs_than_cores_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        speed.side_by_side(runs=10_000)
+    assert "--runs must be 2 to" in capsys.readouterr().err
+
+
+def test_the_buffer_is_neither_copied_by_updates_nor_by_a_checkpoint(tmp_path, capsys):
+    speed.memory(transitions=100_000, out=tmp_path)
+    row = next(csv.DictReader((tmp_path / "speed_memory.csv").open()))
+    assert float(row["buffer_mib"]) == pytest.approx(100_000 * (2 * 348 + 17 + 2) * 4 / 2**20, abs=1)
+    assert float(row["ratio"]) < 1.2

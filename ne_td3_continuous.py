@@ -3,7 +3,7 @@
 Paper: Neuroplastic Expansion in Deep Reinforcement Learning, arXiv 2410.07994; §, Eq. and Table below refer to it.
 Run:   python ne_td3_continuous.py --env-id HalfCheetah-v5 --seed 1    (--help lists all flags)
        2.5 hours per million steps on one CPU core; a return of 5,500 to 6,000 after 200,000 steps of a run that long
-The same with --initial-density 1 --review-floor 1 is TD3, bit for bit. Docs, deviations by number: docs/ne_td3.md
+With --initial-density 1 --review-floor 1 it is TD3, bit for bit. Deviations from the paper, numbered: docs/ne_td3.md
 """
 
 import copy
@@ -90,6 +90,9 @@ class Args:
     review_decay: float = 0.005  # weight of the newest reduction in the review threshold epsilon (ours)
     review_floor: float = 0.65  # least epsilon, so at most 1 - floor of the batches are reviews (ours); 1 = no review
     review_tau: float = 0.1  # a neuron counts as dormant for the review when its score (Eq. 1) is at most this (ours)
+    redo_interval: int = 0  # NE + ReDo (§C): updates between two resets of dormant neurons (Sokar et al. 2023); 0 = off
+    redo_tau: float = 0.1  # NE + ReDo: a neuron is dormant when its score (Eq. 1) is at most this
+    reset_interval: int = 0  # NE + Reset (§C): environment steps between two (Nikishin et al. 2022); 0 = off
 
 
 def die(message: str, code: int = 2) -> NoReturn:
@@ -100,12 +103,12 @@ def die(message: str, code: int = 2) -> NoReturn:
 
 RANGES = [  # of each flag; None, where it is a default, is not checked
     ("at least 0", lambda x: x >= 0, "seed exploration_noise policy_noise noise_clip weight_clip review_tau"),
+    ("at least 0", lambda x: x >= 0, "redo_interval redo_tau reset_interval"),
     ("at least 1", lambda x: x >= 1, "total_timesteps torch_threads eval_frequency eval_episodes batch_size"),
     ("at least 1", lambda x: x >= 1, "checkpoint_frequency learning_starts buffer_size policy_frequency"),
     ("at least 1", lambda x: x >= 1, "grow_interval growth_end review_interval"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma tau grow_rate review_decay review_floor"),
     ("in (0, 1]", lambda x: 0 < x <= 1, "learning_rate initial_density review_fraction"),
-    ("in (0, 1)", lambda x: 0 < x < 1, "final_density"),
     ("in [0, 1), so that every round grows on net", lambda x: 0 <= x < 1, "prune_ratio"),
     ("widths of at least 1", lambda x: min(x, default=0) >= 1, "actor_hidden critic_hidden"),
     ("1, 2, 3 or 4", lambda x: x in (1, 2, 3, 4), "scale"),
@@ -233,8 +236,7 @@ class Actor(MLP):
         return torch.tanh(super().forward(obs))
 
     @torch.inference_mode()
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        """The action (act,) for one observation (obs,)."""
+    def act(self, obs: np.ndarray) -> np.ndarray:  # (obs,) -> (act,)
         device = self.layers[0].weight.device
         return self(torch.as_tensor(obs, dtype=torch.float32).to(device)[None])[0].cpu().numpy()
 
@@ -346,20 +348,16 @@ def compile_gradients(agent: Agent, batch: Batch) -> None:
 
 
 def topology_round(agent: Agent, batch: Batch, step: int, alpha: float) -> dict[str, int]:
-    """§4.2, Eq. 2: grows, then prunes and resets every NE network in place. Returns {"ne/{network}/grown": count, ...}.
-
-    The gradients of `batch` are dense ones and no optimiser step is taken with them. Targets take the new masks.
-    """
+    """§4.2, Eq. 2: grows, then prunes and resets every NE network in place. Returns {"ne/{network}/grown": n, ...}."""
     args, counts, hidden = agent.args, Counter(), agent.hidden(batch)
     fraction = topology.growth_fraction(alpha, step, args.growth_end or args.total_timesteps)
-    losses = {"actor": agent.actor_loss(batch), "critic": agent.critic_loss(batch)[0]}
+    losses = {"actor": agent.actor_loss(batch), "critic": agent.critic_loss(batch)[0]}  # no step is taken with them
     for name, optimizer in agent.optimizers.items():
         for mlp, activations in zip(agent.mlps[name], hidden[name], strict=True):
             # Elastic neuron generation
-            weights = [layer.weight for layer in mlp.layers]
-            scores = [g.abs() for g in torch.autograd.grad(losses[name], weights, retain_graph=True)]
+            scores = torch.autograd.grad(losses[name], [layer.weight for layer in mlp.layers], retain_graph=True)
             if args.growth == "random":
-                scores = [torch.rand(w.shape, generator=agent.ne_rng).to(w.device) for w in weights]
+                scores = [torch.rand(g.shape, generator=agent.ne_rng).to(g.device) for g in scores]
             grown = topology.grow(mlp.layers, scores, fraction, optimizer)
             # Dormant neuron pruning
             budget = int(args.prune_ratio * grown) if args.prune else 0
@@ -391,7 +389,6 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float
 
 
 # --- checkpoints and the run's folder --------------------------------------------------------------------------------
-FORMAT = "ne_td3_continuous 1"
 MAY_CHANGE_ON_RESUME = ("resume", "cudagraphs", "track", "wandb_project_name", "wandb_entity", "capture_video")
 
 
@@ -414,7 +411,7 @@ def load_checkpoint(path: Path) -> dict:
     """Raises: SystemExit(1) for a missing, damaged or foreign file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if content["format"] == FORMAT:
+        if content["format"] == "ne_td3_continuous 1":
             return content
     except FileNotFoundError:
         die(f"there is no checkpoint {path}", code=1)
@@ -428,8 +425,8 @@ def parse_args() -> tuple[Args, dict | None]:
     args, checkpoint = tyro.cli(Args), None
     if args.evaluate is not None:
         checkpoint = load_checkpoint(Path(args.evaluate))
-        asked = {name: getattr(args, name) for name in ("evaluate", "eval_episodes", "seed", "cuda")}
-        args = Args(**checkpoint["run"]["args"] | asked)
+        asked = ("evaluate", "eval_episodes", "seed", "cuda")
+        args = Args(**checkpoint["run"]["args"] | {name: getattr(args, name) for name in asked})
     elif args.resume is not None:
         checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt")
         stored = Args(**checkpoint["run"]["args"])
@@ -444,7 +441,7 @@ def parse_args() -> tuple[Args, dict | None]:
                 die(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
     if args.batch_size > args.buffer_size:
         die(f"--batch-size must be at most --buffer-size ({args.buffer_size}), got {args.batch_size}")
-    if args.grow_rate is None and args.final_density < args.initial_density < 1:
+    if args.grow_rate is None and args.initial_density < 1 and not args.initial_density <= args.final_density < 1:
         die(f"--final-density must be in [--initial-density ({args.initial_density}), 1), got {args.final_density}")
     if args.scale > 1 and not (args.actor_hidden == args.critic_hidden == (256, 128)):
         die(f"--scale must be 1 with --actor-hidden or --critic-hidden, got {args.scale}: it sets every width to 256")
@@ -552,9 +549,9 @@ def main() -> None:
         stop_unless_finite(float(qf_loss) if run["updates"] else 0.0)
         run["saved"] = run["step"]
         writer.flush()
-        content = {"format": FORMAT, "run": run, "agent": agent.state_dict(), "ne_rng": agent.ne_rng.get_state()}
+        content = {"format": "ne_td3_continuous 1", "run": run, "agent": agent.state_dict()}
+        content |= {"ne_rng": agent.ne_rng.get_state(), "buffer": None if finished else buffer.state_dict()}
         content["optimizers"] = {name: adam.state_dict() for name, adam in agent.optimizers.items()}
-        content["buffer"] = None if finished else buffer.state_dict()
         content["numpy_rngs"] = [json.dumps(r.bit_generator.state, default=np.ndarray.tolist) for r in numpy_rngs]
         save_checkpoint(run_dir / "checkpoint.pt", content)
 
@@ -586,6 +583,8 @@ def main() -> None:
                 dormant = topology.count_dormant(sum(agent.hidden(batch)["critic"], []), args.review_tau)
                 run["epsilon"] = review_threshold(run["epsilon"], run["dormant"], dormant, args)
                 run["dormant"] = dormant
+            if args.redo_interval and run["updates"] % args.redo_interval == 0:
+                topology.redo(agent.mlps, agent.hidden(batch), args.redo_tau, agent.optimizers, agent.ne_rng)
         # step and store
         next_obs, reward, terminated, truncated, _ = env.step(action)
         buffer.add(obs, action, next_obs, reward, terminated)
@@ -597,6 +596,8 @@ def main() -> None:
                 run["counts"][key] += count
             for name, layer in ((f"{n}/{i}", layer) for n in agent.layers for i, layer in enumerate(agent.layers[n])):
                 writer.add_image(f"masks/{name}", layer.mask[None].float(), step)
+        if args.reset_interval and step % args.reset_interval == 0 and step < args.total_timesteps:
+            topology.reset(agent.mlps, agent.targets, agent.optimizers, agent.ne_rng)
         # log
         if step % 1_000 == 0 and run["updates"]:
             losses = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/actor_loss": actor_loss}

@@ -181,7 +181,7 @@ def grow(layers: list, scores: list[torch.Tensor], fraction: float, optimizer: t
     grown = 0
     for layer, score in zip(layers, scores, strict=True):
         count = math.ceil(fraction * int((~layer.mask).sum()))
-        zero_moments(optimizer, layer.weight, grow_mask(layer.mask, score, count))
+        zero_moments(optimizer, layer.weight, grow_mask(layer.mask, score.abs(), count))
         grown += count
     return grown
 
@@ -287,3 +287,57 @@ def zero_moments(optimizer: torch.optim.Adam, parameter: torch.Tensor, where) ->
     for moment in ("exp_avg", "exp_avg_sq"):
         if moment in optimizer.state[parameter]:  # not before the optimiser's first step
             optimizer.state[parameter][moment][where] = 0.0
+
+
+# --- combinations with rivals (Appendix C) ---------------------------------------------------------------------------
+def redo(mlps: dict, hidden: dict, tau: float, optimizers: dict, rng: torch.Generator) -> int:
+    """ReDo (Sokar et al. 2023) inside the masks: neurons with score (Eq. 1) <= tau start anew. Targets stay.
+
+    Their bias and active incoming weights are drawn from the initialiser, then their outgoing weights become 0 (0 wins
+    where the two overlap), all without Adam's moments.
+
+    Args:
+        mlps: {network: MLPs}, each with `layers`.
+        hidden: {network: [[(B, n), ...], ...]}, the activations of each MLP's hidden layers.
+        optimizers: {network: Adam}.
+        rng: CPU generator of the draws.
+    Returns:
+        How many neurons.
+    """
+    neurons = [
+        (optimizers[name], mlp.layers, depth, neuron)
+        for name in mlps
+        for mlp, activations in zip(mlps[name], hidden[name], strict=True)
+        for depth, h in enumerate(activations)
+        for neuron in dormant(h, tau).nonzero().flatten().tolist()
+    ]
+    for optimizer, layers, depth, neuron in neurons:
+        redraw_neuron(layers[depth], neuron, optimizer, rng)
+    for optimizer, layers, depth, neuron in neurons:
+        silence_neuron(layers[depth + 1], neuron, optimizer)
+    return len(neurons)
+
+
+@torch.no_grad()
+def reset(mlps: dict, targets: list[torch.Tensor], optimizers: dict, rng: torch.Generator) -> None:
+    """Reset (Nikishin et al. 2022) inside the masks: networks, targets and optimisers start anew; the masks stay.
+
+    Args:
+        mlps: {network: MLPs}, each with `layers` and `norms`.
+        targets: parameters of the target networks, in the order of those of `mlps`.
+        optimizers: {network: Adam}.
+        rng: CPU generator of the draws.
+    """
+    online = [mlp for name in mlps for mlp in mlps[name]]
+    for layer in (layer for mlp in online for layer in mlp.layers):
+        values = (2 * torch.rand(layer.out_features, layer.in_features + 1, generator=rng) - 1).to(layer.weight.device)
+        values /= math.sqrt(layer.in_features)  # (out, in + 1), the initialiser of `nn.Linear`
+        layer.weight.copy_(values[:, :-1])
+        layer.bias.copy_(values[:, -1])
+        layer.bound.fill_(math.inf)
+        apply_mask(layer)
+    for norm in (norm for mlp in online for norm in mlp.norms if isinstance(norm, torch.nn.LayerNorm)):
+        norm.reset_parameters()
+    torch._foreach_copy_(targets, [p for mlp in online for p in mlp.parameters()])
+    for moments in (state.values() for optimizer in optimizers.values() for state in optimizer.state.values()):
+        torch._foreach_zero_([*moments])

@@ -103,7 +103,7 @@ def test_growth_gets_the_gradient_a_masked_weight_would_have(monkeypatch):
     assert len(seen) == 3
     for scores, gradients, layer_masks in zip(seen, expected, masks, strict=True):
         for score, gradient, mask in zip(scores, gradients, layer_masks, strict=True):
-            assert torch.allclose(score, gradient, atol=1e-7)
+            assert torch.allclose(score.abs(), gradient, atol=1e-7)
             assert score[~mask].count_nonzero() > 0 or mask.all()
 
 
@@ -331,6 +331,66 @@ def test_dense_is_bit_equal_to_plain_td3():
         weights = [p for layer in mlp.layers for p in (layer.weight, layer.bias)]
         for p, expected in zip(weights, plain.parameters(), strict=True):
             assert torch.equal(p, expected)
+
+
+# --- combinations with ReDo and Reset ---------------------------------------------------------------------------------
+def test_redo_resets_dormant_neurons_inside_the_masks():
+    agent, buffer = make_agent()
+    train(agent, buffer, 20, rounds=2)
+    silence_some(agent)
+    batch = buffer.sample()
+    hidden = agent.hidden(batch)
+    before, targets = copy.deepcopy(agent.mlps), [p.clone() for p in agent.targets]
+    for state in (state for adam in agent.optimizers.values() for state in adam.state.values()):
+        state["exp_avg"].fill_(1.0)
+        state["exp_avg_sq"].fill_(1.0)
+    count = topology.redo(agent.mlps, hidden, 0.1, agent.optimizers, agent.ne_rng)
+    assert count == sum(topology.count_dormant(h, 0.1) for mlps in hidden.values() for h in mlps) > 20
+    for name, mlps in agent.mlps.items():
+        for mlp, old, activations in zip(mlps, before[name], hidden[name], strict=True):
+            dormant = [topology.dormant(h, 0.1) for h in activations] + [torch.zeros_like(mlp.layers[-1].bias).bool()]
+            silenced = [torch.zeros(mlp.layers[0].in_features, dtype=torch.bool), *dormant]
+            for layer, was, rows, columns in zip(mlp.layers, old.layers, dormant, silenced, strict=False):
+                assert torch.equal(layer.mask, was.mask) and torch.equal(layer.weight, layer.weight * layer.mask)
+                assert not layer.weight[:, columns].any()  # 0 wins where a redrawn neuron follows a dormant one
+                assert torch.equal(layer.weight[~rows][:, ~columns], was.weight[~rows][:, ~columns])
+                assert torch.equal(layer.bias[~rows], was.bias[~rows]) and (layer.bias[rows] != was.bias[rows]).all()
+                assert (layer.bias[rows].abs() <= layer.in_features**-0.5).all()
+                touched = rows[:, None] | columns[None]
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state = agent.optimizers[name].state
+                    assert (
+                        not state[layer.weight][moment][touched].any() and state[layer.weight][moment][~touched].all()
+                    )
+                    assert not state[layer.bias][moment][rows].any() and state[layer.bias][moment][~rows].all()
+    assert all(torch.equal(a, b) for a, b in zip(agent.targets, targets, strict=True))
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_reset_starts_anew_inside_the_masks(layer_norm):
+    agent, buffer = make_agent(layer_norm=layer_norm)
+    silence_some(agent)
+    train(agent, buffer, 40, rounds=4)
+    masks = [layer.mask.clone() for layer in agent.online_layers]
+    weights = [layer.weight.clone() for layer in agent.online_layers]
+    data, density = buffer.data.clone(), topology.network_density(agent.layers["critic"])
+    topology.reset(agent.mlps, agent.targets, agent.optimizers, agent.ne_rng)
+    for layer, mask, was in zip(agent.online_layers, masks, weights, strict=True):
+        assert torch.equal(layer.mask, mask) and (layer.weight != was)[mask].float().mean() > 0.99
+        assert torch.equal(layer.weight, layer.weight * mask)
+        scaled = layer.weight[mask] * layer.in_features**0.5
+        assert scaled.abs().max() <= 1 and layer.bias.abs().max() <= layer.in_features**-0.5
+        assert len(scaled) < 100 or scaled.std().item() == pytest.approx(3**-0.5, rel=0.1)  # uniform, as at birth
+        assert layer.bound.isinf().all() and not layer.clipped
+    assert not torch.equal(agent.critic[0].layers[0].weight, agent.critic[1].layers[0].weight)
+    for norm in (norm for mlps in agent.mlps.values() for mlp in mlps for norm in mlp.norms if layer_norm):
+        assert (norm.weight == 1).all() and (norm.bias == 0).all()
+    online = agent.params["actor"] + agent.params["critic"]
+    assert all(torch.equal(p, target) for p, target in zip(online, agent.targets, strict=True))
+    assert not any(
+        t.any() for adam in agent.optimizers.values() for state in adam.state.values() for t in state.values()
+    )
+    assert torch.equal(buffer.data, data) and topology.network_density(agent.layers["critic"]) == density
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------

@@ -184,6 +184,30 @@ def test_a_killed_run_resumes_exactly(whole, tmp_path, setup, saved):
     assert [e.step for e in events.Scalars("eval/return_mean")] == [500, 1000, 1500, 2000, 2500]
 
 
+COUNT_RESETS = """
+import utils_topology
+for name in ("redo", "reset"):
+    def counted(*args, name=name, original=getattr(utils_topology, name)):
+        print("called:", name)
+        return original(*args)
+    setattr(utils_topology, name, counted)
+"""
+
+
+def test_redo_and_reset_come_when_due_and_resume_exactly(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = f"{SMALL} --redo-interval 50 --reset-interval 1250"
+    code, out, err = finish(launch(f"{flags} --run-dir {whole}", COUNT_RESETS))
+    assert code == 0, err
+    assert out.count("called: redo\n") == 2200 // 50
+    assert out.count("called: reset\n") == 1  # at 1250, not at the last step
+    code, _, _ = finish(launch(f"{flags} --run-dir {killed}", KILL_IN_TRAINING))
+    assert code == -signal.SIGKILL
+    code, _, err = finish(launch(f"--resume {killed}"))
+    assert code == 0, err
+    assert_equal_runs(whole, killed)
+
+
 @pytest.mark.slow
 def test_a_compiled_run_resumes_exactly(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -274,7 +298,7 @@ def test_a_nan_stops_the_run_and_keeps_the_good_checkpoint(tmp_path, monkeypatch
         ("--initial-density 1.5", "in (0, 1], got 1.5"),
         ("--initial-density nan", "in (0, 1], got nan"),
         ("--initial-density 0.97", "--final-density must be in [--initial-density (0.97), 1), got 0.95"),
-        ("--final-density 1", "in (0, 1), got 1.0"),
+        ("--final-density 1", "in [--initial-density (0.25), 1), got 1.0"),
         ("--prune-ratio 1", "in [0, 1)"),
         ("--prune-ratio -0.1", "in [0, 1)"),
         ("--grow-rate -1", "in [0, 1]"),

@@ -211,7 +211,7 @@ def draw_bars(contenders: list[Contender], file: Path, title: str) -> None:
         ax.barh(y, middle, color=colour, xerr=[[middle - low], [high - middle]], error_kw={"capsize": 3})
         ax.annotate(f"{middle:.0f}", (high, y), xytext=(5, 0), textcoords="offset points", va="center")
     ax.set_yticks(range(len(contenders)), [contender.name for contender in reversed(contenders)])
-    ax.set_xlabel("environment steps per second, updates included (median, middle half of the turns)")
+    ax.set_xlabel("environment steps per second (median and middle half of the turns)")
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(title)
     ax.margins(x=0.1)

@@ -419,6 +419,41 @@ def test_compiled_gradients_are_those_of_the_eager_agent(monkeypatch, layer_norm
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
+def test_updates_read_no_values_and_stay_on_their_device(monkeypatch):
+    """What a capture needs, seen on tensors without values: reading one raises, so does a tensor from elsewhere."""
+    monkeypatch.setattr(topology, "apply_masks", lambda layers, targets: None)  # only between updates, may read
+    meta = torch.device("meta")
+    with meta:
+        agent = ne.Agent(ne.Args(ne_actor=False, ne_critic=False), 4, 2, ne_seed=1, device=meta)
+        obs, obs_actions, noise, column = torch.empty(8, 4), torch.empty(8, 6), torch.empty(8, 2), torch.empty(8)
+    batch = ne.Batch(obs, obs_actions, obs, column, column, noise)
+    for clipped in (False, True):
+        for layer in agent.online_layers:
+            layer.clipped = clipped
+        losses = [*agent.update_critic(batch), agent.update_actor(batch)]
+        assert [loss.device for loss in losses] == [meta] * 3
+    with pytest.raises(RuntimeError):
+        losses[0].item()
+    with pytest.raises(RuntimeError, match="device"):
+        agent.update_critic(batch._replace(noise=torch.zeros(8, 2, device="cpu")))
+
+
+def test_what_a_graph_reads_and_writes_stays_where_it_is():
+    agent, buffer = make_agent()
+
+    def addresses() -> list[int]:
+        moments = [t for adam in agent.optimizers.values() for state in adam.state.values() for t in state.values()]
+        return [t.data_ptr() for t in (*agent.state_dict().values(), *moments, *buffer.batch)]
+
+    before = addresses()
+    silence_some(agent)
+    train(agent, buffer, 40, rounds=4)
+    topology.redo(agent.mlps, agent.hidden(buffer.sample()), 0.1, agent.optimizers, agent.ne_rng)
+    topology.reset(agent.mlps, agent.targets, agent.optimizers, agent.ne_rng)
+    train(agent, buffer, 10, rounds=1)
+    assert addresses() == before
+
+
 def test_a_graph_is_captured_once_after_three_plain_updates(monkeypatch):
     """The order of calls, with stand-ins for CUDA: what is recorded runs again at every replay."""
     calls = []

@@ -137,7 +137,6 @@ def make_env(env_id: str, videos: Path | None = None, episodes: int = 1) -> gym.
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
-# --- replay buffer ---------------------------------------------------------------------------------------------------
 class Batch(NamedTuple):
     """Views of preallocated tensors. `noise` is standard normal, for the smoothing of the target policy."""
 
@@ -193,7 +192,6 @@ class ReplayBuffer:
         self.rng.set_state(state["rng"])
 
 
-# --- networks --------------------------------------------------------------------------------------------------------
 class MaskedLinear(nn.Linear):
     """A linear layer whose weight (out, in) is exactly 0 wherever the boolean mask (out, in) is False.
 
@@ -207,6 +205,9 @@ class MaskedLinear(nn.Linear):
         self.register_buffer("mask", torch.ones(n_out, n_in, dtype=torch.bool))
         self.register_buffer("keep", torch.ones(n_out, n_in))  # the mask as floats: 8 times faster to multiply by
         self.register_buffer("bound", torch.full((n_out, n_in), math.inf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, in) -> (B, out); compiled, bias and ReLU share a loop
+        return x @ self.weight.t() + self.bias if torch.compiler.is_compiling() else super().forward(x)
 
 
 class MLP(nn.Module):
@@ -388,7 +389,6 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float
     return returns
 
 
-# --- checkpoints and the run's folder --------------------------------------------------------------------------------
 MAY_CHANGE_ON_RESUME = ("resume", "cudagraphs", "track", "wandb_project_name", "wandb_entity", "capture_video")
 
 

@@ -289,6 +289,37 @@ def ceilings(setting: Setting) -> list[dict]:
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
+def all_commands(setting: Setting, peers: tuple[str, ...], others: tuple[str, ...]) -> dict[str, list[str]]:
+    """{contender: [python, script, arguments ...]}. Raises: SystemExit for a peer or a command that cannot be."""
+    flags = {"NE-TD3, compiled": ["--compile"], "NE-TD3": [], "TD3 (ours, dense), compiled": ["--compile", *DENSE]}
+    commands = {name: ours(setting, *extra) for name, extra in (flags | {"TD3 (ours, dense)": DENSE}).items()}
+    if setting.cuda:
+        commands["NE-TD3, without CUDA graphs"] = ours(setting, "--no-cudagraphs")
+    for name in peers:
+        if name not in PEERS:
+            die(f"--peers must be from {', '.join(PEERS)}, got {name}")
+        commands[name] = peer(name, setting)
+    for text in others:
+        label, _, line = text.partition("=")
+        if len(shlex.split(line)) < 2:
+            die(f"--command must be LABEL=PYTHON SCRIPT [ARGS...], got {text}")
+        python, script, *rest = shlex.split(line)
+        commands[label] = [python, str(Path(script).resolve()), *rest]
+    return commands
+
+
+def print_ratios(contenders: list[Contender]) -> None:
+    """Medians, and the ratios to the fastest peer: medians over pairs of neighbouring turns."""
+    rivals = [c for c in contenders if c.name in PEERS]
+    fastest = max(rivals or contenders, key=lambda c: median(c.rates()))
+    table = []
+    for c in contenders:
+        ratio = median(a / b for a, b in zip(c.rates(), fastest.rates(), strict=True))
+        row = {"contender": c.name, "steps/s": f"{median(c.rates()):.1f}", f"against {fastest.name}": f"{ratio:.2f}"}
+        table.append(row | {"peak MiB": f"{max(turn['rss_mib'] for turn in c.turns):.0f}"})
+    print_table(table)
+
+
 def compare(
     setting: Setting = Setting(),  # noqa: B008
     peers: tuple[str, ...] = tuple(PEERS),
@@ -309,30 +340,10 @@ def compare(
         out: folder of the CSVs
         figure: where the bar chart goes
     """
-    flags = {"NE-TD3, compiled": ["--compile"], "NE-TD3": [], "TD3 (ours, dense), compiled": ["--compile", *DENSE]}
-    commands = {name: ours(setting, *extra) for name, extra in (flags | {"TD3 (ours, dense)": DENSE}).items()}
-    if setting.cuda:
-        commands["NE-TD3, without CUDA graphs"] = ours(setting, "--no-cudagraphs")
-    for name in peers:
-        if name not in PEERS:
-            die(f"--peers must be from {', '.join(PEERS)}, got {name}")
-        commands[name] = peer(name, setting)
-    for text in command:
-        label, _, line = text.partition("=")
-        if len(shlex.split(line)) < 2:
-            die(f"--command must be LABEL=PYTHON SCRIPT [ARGS...], got {text}")
-        python, script, *rest = shlex.split(line)
-        commands[label] = [python, str(Path(script).resolve()), *rest]
+    commands = all_commands(setting, peers, command)
     contenders = [Contender(name, line, chunk, cores(setting.threads)) for name, line in commands.items()]
     take_turns(contenders, turns)
-    rivals = [c for c in contenders if c.name in PEERS]
-    fastest = max(rivals or contenders, key=lambda c: median(c.rates()))
-    table = []
-    for c in contenders:
-        ratio = median(a / b for a, b in zip(c.rates(), fastest.rates(), strict=True))
-        row = {"contender": c.name, "steps/s": f"{median(c.rates()):.1f}", f"against {fastest.name}": f"{ratio:.2f}"}
-        table.append(row | {"peak MiB": f"{max(turn['rss_mib'] for turn in c.turns):.0f}"})
-    print_table(table)
+    print_ratios(contenders)
     limits = ceilings(setting)
     print_table(limits)
     write_csv(out / "speed_compare.csv", turns_of(contenders))

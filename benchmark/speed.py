@@ -155,12 +155,15 @@ class Contender:
         return [self.chunk / turn["seconds"] for turn in self.turns]
 
 
-def take_turns(contenders: list[Contender], turns: int) -> None:
-    """Warms every contender up, past its first updates and past what it compiles; then they take turns."""
+def warm_up(contenders: list[Contender]) -> None:
+    """Past the first updates of each, and past what it compiles."""
     for contender in contenders:
         report = contender.wait()
         while report["steps"] < RANDOM_STEPS + 3 * contender.chunk:
             report = contender.turn()
+
+
+def take_turns(contenders: list[Contender], turns: int) -> None:
     for _ in tqdm(range(turns), unit=" turns", disable=None):
         for contender in contenders:
             contender.turns.append(contender.turn())
@@ -342,6 +345,7 @@ def compare(
     """
     commands = all_commands(setting, peers, command)
     contenders = [Contender(name, line, chunk, cores(setting.threads)) for name, line in commands.items()]
+    warm_up(contenders)
     take_turns(contenders, turns)
     print_ratios(contenders)
     limits = ceilings(setting)
@@ -367,11 +371,7 @@ def whole_run(steps: int = 100_000, chunk: int = 1_000, compiled: bool = True, o
     contenders = [Contender(name, line, chunk, cores(1)) for name, line in runs.items()]
     for contender in contenders:
         contender.wait()
-    for _ in tqdm(range(steps // chunk), unit=" turns", disable=None):
-        for contender in contenders:
-            contender.turns.append(contender.turn())
-    for contender in contenders:
-        contender.close()
+    take_turns(contenders, steps // chunk)
     seconds = {c.name: sum(turn["seconds"] for turn in c.turns) for c in contenders}
     print_table([{"run": name, "seconds": f"{s:.0f}", "steps/s": f"{steps / s:.1f}"} for name, s in seconds.items()])
     ours_, dense = seconds.values()
@@ -397,6 +397,7 @@ def scaling(chunk: int = 50, turns: int = 12, compiled: bool = True, out: Path =
         Contender(f"{s.env_id} {s.widths[0]} {s.batch_size}", ours(s, *["--compile"] * compiled), chunk, cores(1))
         for s in settings
     ]
+    warm_up(contenders)
     take_turns(contenders, turns)
     for setting, contender in zip(settings, contenders, strict=True):
         limit = {row["ceiling"]: row["value"] for row in ceilings(setting)}
@@ -440,10 +441,7 @@ def side_by_side(
         die(f"--runs must be 2 to {len(allowed)}, the cores of this machine, got {runs}")
     line = ours(Setting(), *["--compile"] * compiled)
     contenders = [Contender(f"run {n + 1}", line, chunk, {allowed[n]}) for n in range(runs)]
-    for contender in contenders:
-        report = contender.wait()
-        while report["steps"] < RANDOM_STEPS + 3 * chunk:
-            report = contender.turn()
+    warm_up(contenders)
     rows = []
     for n in tqdm(range(turns), unit=" turns", disable=None):
         alone = contenders[n % runs].turn()

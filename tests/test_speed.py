@@ -1,10 +1,15 @@
 """The benchmark: trainings that take turns, what it counts, and what it refuses."""
 
 import csv
+import io
+import json
+import os
+import sys
 
+import gymnasium as gym
 import pytest
 
-from benchmark import speed
+from benchmark import paced, speed
 
 SMALL = speed.Setting(env_id="Pendulum-v1", widths=(16, 16), batch_size=16)
 
@@ -25,7 +30,26 @@ def test_a_contender_takes_as_many_steps_as_a_turn_has(contender):
     assert contender.process.poll() is None  # it waits for its next turn
 
 
+def test_the_gate_lets_as_many_steps_through_as_it_says(monkeypatch):
+    read, write = os.pipe()
+    monkeypatch.setenv("SPEED_REPORT", str(write))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    steps = []
+    env = gym.make("Pendulum-v1")
+    env.reset(seed=0)
+    gate = paced.Gate(env, 7)
+    with pytest.raises(SystemExit):  # at the third report nobody answers any more
+        while True:
+            gate.step(env.action_space.sample())
+            steps.append(None)
+    gate.report.close()
+    with os.fdopen(read) as reports:
+        assert [json.loads(line)["steps"] for line in reports] == [0, 7, 14]
+    assert len(steps) == 14
+
+
 def test_turns_begin_after_the_first_updates(contender, tmp_path, capsys):
+    speed.warm_up([contender])
     speed.take_turns([contender], 3)
     assert len(contender.turns) == 3 and contender.turns[0]["steps"] >= speed.RANDOM_STEPS + 150
     assert contender.process.poll() is not None
@@ -49,8 +73,9 @@ def test_a_contender_that_fails_is_named_with_its_own_words(capsys):
 
 
 def test_the_operations_of_an_update_are_those_of_its_matrix_products():
-    limits = {row["ceiling"]: float(row["value"]) for row in speed.ceilings(SMALL)}
-    batch, n_obs, n_act, width = 16, 3, 1, 16
+    setting = speed.Setting(env_id="Pendulum-v1", widths=(128, 128), batch_size=512)
+    limits = {row["ceiling"]: float(row["value"]) for row in speed.ceilings(setting)}
+    batch, n_obs, n_act, width = 512, 3, 1, 128
     actor = n_obs * width + width * width + width * n_act
     critic = (n_obs + n_act) * width + width * width + width
     inputs = width * width + width  # of a critic or an actor: the gradient of what goes into all layers but the first

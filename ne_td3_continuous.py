@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -215,7 +214,7 @@ class MLP(nn.Module):
 
     def __init__(self, sizes: list[int], layer_norm: bool):
         super().__init__()
-        self.layers = nn.ModuleList(MaskedLinear(n_in, n_out) for n_in, n_out in pairwise(sizes))
+        self.layers = nn.ModuleList(MaskedLinear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False))
         self.norms = nn.ModuleList(nn.LayerNorm(n) if layer_norm else nn.Identity() for n in sizes[1:-1])
 
     def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -238,8 +237,7 @@ class Actor(MLP):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:  # (obs,) -> (act,)
-        device = self.layers[0].weight.device
-        return self(torch.as_tensor(obs, dtype=torch.float32).to(device)[None])[0].cpu().numpy()
+        return self(torch.as_tensor(obs, dtype=torch.float32).to(self.layers[0].weight.device)[None])[0].cpu().numpy()
 
 
 class Critic(MLP):
@@ -249,7 +247,6 @@ class Critic(MLP):
         return super().forward(obs_actions)[:, 0]
 
 
-# --- agent: TD3 whose steps respect the masks ------------------------------------------------------------------------
 class Agent(nn.Module):
     """Actor, twin critics, their targets and optimisers. Both updates are pure functions of a batch, all in place."""
 
@@ -269,6 +266,7 @@ class Agent(nn.Module):
         self.layers = {name: [layer for mlp in mlps for layer in mlp.layers] for name, mlps in self.mlps.items()}
         self.target_layers = [layer for mlp in (self.target_actor, *self.target_critic) for layer in mlp.layers]
         self.params = {name: [p for mlp in mlps for p in mlp.parameters()] for name, mlps in self.mlps.items()}
+        self.online = [p.detach() for p in (*self.actor.parameters(), *self.critic.parameters())]
         self.targets = [*self.target_actor.parameters(), *self.target_critic.parameters()]
         self.optimizers = {name: topology.adam(p, args.learning_rate) for name, p in self.params.items()}
         self.online_layers = self.layers["actor"] + self.layers["critic"]
@@ -307,15 +305,14 @@ class Agent(nn.Module):
         """One step of the policy, then Polyak averaging of all targets."""
         loss, gradients = self.actor_gradients(batch)
         topology.masked_step(self.optimizers["actor"], self.layers["actor"], gradients)
-        with torch.no_grad():
-            torch._foreach_lerp_(self.targets, self.params["actor"] + self.params["critic"], self.args.tau)
+        torch._foreach_lerp_(self.targets, self.online, self.args.tau)
         return loss
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> dict[str, list[list[torch.Tensor]]]:
         """Activations [(B, n), ...] of the hidden layers, for each MLP of each network."""
-        critic = [mlp.activations(batch.obs_actions) for mlp in self.critic]
-        return {"actor": [self.actor.activations(batch.obs)], "critic": critic}
+        inputs = {"actor": batch.obs, "critic": batch.obs_actions}
+        return {name: [mlp.activations(inputs[name]) for mlp in mlps] for name, mlps in self.mlps.items()}
 
 
 class CudaGraph:
@@ -389,9 +386,6 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float
     return returns
 
 
-MAY_CHANGE_ON_RESUME = ("resume", "cudagraphs", "track", "wandb_project_name", "wandb_entity", "capture_video")
-
-
 def save_checkpoint(path: Path, content: dict) -> None:
     """Atomic: temporary file, fsync, rename. Raises: SystemExit(1) if it cannot be written; the old one stays."""
     temporary = path.with_suffix(".tmp")
@@ -431,13 +425,13 @@ def parse_args() -> tuple[Args, dict | None]:
         checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt")
         stored = Args(**checkpoint["run"]["args"])
         args = tyro.cli(Args, default=stored)  # so whatever differs now was given on the command line
+        may_change = ("resume", "cudagraphs", "track", "wandb_project_name", "wandb_entity", "capture_video")
         for name, value in vars(stored).items():
-            if name not in MAY_CHANGE_ON_RESUME and getattr(args, name) != value:
+            if name not in may_change and getattr(args, name) != value:
                 die(f"--{name.replace('_', '-')} must be {value} or left out with --resume, got {getattr(args, name)}")
     for allowed, holds, names in RANGES:
         for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not holds(value):
+            if (value := getattr(args, name)) is not None and not holds(value):
                 die(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
     if args.batch_size > args.buffer_size:
         die(f"--batch-size must be at most --buffer-size ({args.buffer_size}), got {args.batch_size}")

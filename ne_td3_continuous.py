@@ -552,7 +552,7 @@ def main() -> None:
     # --- the loop ---
     gc.freeze()  # what exists by now stays: garbage collection need not look at it again
     qf_loss = qf_values = actor_loss = math.nan
-    episodic_return, episodic_length, density, start, first_step = 0.0, 0, "", time.time(), run["step"]
+    episodic_return, episodic_length, status, start, first_step = 0.0, 0, "", time.time(), run["step"]
     for step in range(run["step"] + 1, args.total_timesteps + 1):
         run["step"] = step
         # act
@@ -607,8 +607,8 @@ def main() -> None:
             row |= run["counts"] | {"ne/review_epsilon": run["epsilon"]}
             row["ne/review_share"] = run["reviewed"] / max(run["updates"], 1)
             log({key: value for key, value in row.items() if key.startswith(("eval/", "ne/"))})
-            density = f"density {row['ne/actor/density']:.0%} actor, {row['ne/critic/density']:.0%} critics"
-            bar.write(f"step {step:,}: return {np.mean(returns):.0f} +- {np.std(returns):.0f}, {density}")
+            status = f"density {row['ne/actor/density']:.0%} actor, {row['ne/critic/density']:.0%} critics"
+            bar.write(f"step {step:,}: return {np.mean(returns):.0f} +- {np.std(returns):.0f}, {status}")
             with open(run_dir / "results.csv", "a", newline="") as file:
                 csv.writer(file).writerows([row.values()] if file.tell() else [row.keys(), row.values()])
                 run["returns"], run["results_bytes"] = [], file.tell()
@@ -617,7 +617,7 @@ def main() -> None:
         if terminated or truncated:
             log({"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length})
             run["returns"].append(episodic_return)
-            bar.set_postfix_str(f"return {episodic_return:.0f}, {density}", refresh=False)
+            bar.set_postfix_str(f"return {episodic_return:.0f}, {status}", refresh=False)
             if stops or step // args.checkpoint_frequency > run["saved"] // args.checkpoint_frequency:
                 save()
             if stops:

@@ -67,12 +67,12 @@ class Args:
     critic_hidden: tuple[int, ...] = (256, 128)  # widths of the hidden layers of each critic (Table 1)
     scale: int = 1  # scale-up study (§B.1): 1 = the widths above; s > 1 = width 256 throughout and s - 1 more layers
     # --- rivals ---
-    method: Literal["none", "reset", "redo", "layer-norm", "injection", "recency"] = "none"  # one rival
+    method: Literal["none", "reset", "redo", "layer-norm", "injection", "recency"] = "none"  # none: TD3
     reset_interval: int = 200_000  # reset: environment steps between two (Nikishin et al. 2022)
     redo_interval: int = 1_000  # redo: updates between two resets of dormant neurons (Sokar et al. 2023)
     redo_tau: float = 0.1  # redo: a neuron is dormant when its score (Eq. 1) is at most this
     injection_step: int | None = None  # injection: environment step of it (Nikishin et al. 2024); default: half the run
-    recency_horizon: int = 80_000  # recency: a transition is drawn with weight max(0.1, 1 - age / this)
+    recency_horizon: int = 80_000  # recency: sampling weight of a transition max(0.1, 1 - age / this) (Wu et al. 2026)
 
 
 def die(message: str, code: int = 2) -> NoReturn:
@@ -503,7 +503,7 @@ def main() -> None:
     run = {"args": vars(args), "device": device.type, "step": 0, "updates": 0, "saved": 0, "results_bytes": 0}
     run["returns"] = []
     injection_step = args.injection_step or args.total_timesteps // 2
-    age = torch.arange(args.buffer_size, dtype=torch.float64, device=device)  # Sample Weight Decay (2026)
+    age = torch.arange(args.buffer_size, dtype=torch.float64, device=device)  # 0 is the newest transition
     by_age = (1 - age / args.recency_horizon).clamp_min(0.1).cumsum(0) if args.method == "recency" else None
     obs, _ = env.reset(seed=args.seed)
     if checkpoint is not None:
@@ -567,7 +567,7 @@ def main() -> None:
     # --- the loop ---
     gc.freeze()  # what exists by now stays: garbage collection need not look at it again
     qf_loss = qf_values = actor_loss = math.nan
-    episodic_return, episodic_length, active, start, first_step = 0.0, 0, "", time.time(), run["step"]
+    episodic_return, episodic_length, status, start, first_step = 0.0, 0, "", time.time(), run["step"]
     for step in range(run["step"] + 1, args.total_timesteps + 1):
         run["step"] = step
         # act
@@ -615,8 +615,8 @@ def main() -> None:
             for name, hidden in agent.hidden(buffer.sample(rng=torch.Generator().manual_seed(step))).items():
                 row |= metrics(f"ne/{name}", sum(hidden, []))
             log({key: value for key, value in row.items() if key.startswith(("eval/", "ne/"))})
-            active = f"active {row['ne/actor/active_ratio']:.0%} actor, {row['ne/critic/active_ratio']:.0%} critics"
-            bar.write(f"step {step:,}: return {np.mean(returns):.0f} +- {np.std(returns):.0f}, {active}")
+            status = f"active {row['ne/actor/active_ratio']:.0%} actor, {row['ne/critic/active_ratio']:.0%} critics"
+            bar.write(f"step {step:,}: return {np.mean(returns):.0f} +- {np.std(returns):.0f}, {status}")
             with open(run_dir / "results.csv", "a", newline="") as file:
                 csv.writer(file).writerows([row.values()] if file.tell() else [row.keys(), row.values()])
                 run["returns"], run["results_bytes"] = [], file.tell()
@@ -625,7 +625,7 @@ def main() -> None:
         if terminated or truncated:
             log({"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length})
             run["returns"].append(episodic_return)
-            bar.set_postfix_str(f"return {episodic_return:.0f}, {active}", refresh=False)
+            bar.set_postfix_str(f"return {episodic_return:.0f}, {status}", refresh=False)
             if stops or step // args.checkpoint_frequency > run["saved"] // args.checkpoint_frequency:
                 save()
             if stops:
@@ -638,7 +638,7 @@ def main() -> None:
     for part in (bar, writer, env, eval_env):
         part.close()
     speed = (step - first_step) / (time.time() - start)
-    print(f"return {np.mean(returns):.1f} +- {np.std(returns):.1f} at {speed:.0f} steps per second, {active}")
+    print(f"return {np.mean(returns):.1f} +- {np.std(returns):.1f} at {speed:.0f} steps per second, {status}")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ import torch
 import tyro
 
 import ne_td3_continuous as ne
+import td3_continuous as td3
 import utils_topology as topology
 
 ROOT = Path(ne.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GUIDE = (ROOT / "docs" / "ne_td3.md").read_text()
+BASELINES = (ROOT / "docs" / "baselines.md").read_text()
 SCRIPT = Path(ne.__file__).read_text()
+ARGS = {"ne_td3_continuous.py": ne.Args, "baselines/td3_continuous.py": td3.Args}
 
 # [`file.py:12`](../file.py#L12) `fragment of that line`
 LINK = re.compile(r"\[`?([\w/.]+\.py):(\d+)`?\]\(([\w/.]+\.py)#L(\d+)\)\s+`([^`\n]+)`")
@@ -105,18 +108,29 @@ def test_the_tables_have_no_other_flags():
     assert documented == flags
 
 
-def commands(text: str) -> list[str]:
-    """The arguments of all calls of the script, in code blocks and between backticks."""
-    return re.findall(r"python ne_td3_continuous\.py([^`#\n]*)", text)
+def test_the_page_of_the_baselines_has_a_row_for_each_flag_of_theirs_alone():
+    shared = {field.name: field.default for field in dataclasses.fields(ne.Args)}
+    own = {f.name: f.default for f in dataclasses.fields(td3.Args) if f.name not in shared or f.name.startswith("re")}
+    own = {name: default for name, default in own.items() if name != "resume"}
+    table = BASELINES[BASELINES.index("## Flags of this script alone") :]
+    documented = {in_backticks(row[0])[0]: row[1] for row in rows(table) if in_backticks(row[0])}
+    assert set(documented) == {"--" + name.replace("_", "-") for name in own} and len(own) == 6
+    for name, default in own.items():
+        assert says(documented["--" + name.replace("_", "-")], default), name
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """(script, arguments) of all calls of a script, in code blocks and between backticks."""
+    return re.findall(r"python ((?:baselines/)?\w+\.py)([^`#\n]*)", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_commands_are_accepted(page):
-    calls = [shlex.split(call) for call in commands(page.read_text())]
+    calls = [(script, shlex.split(call)) for script, call in commands(page.read_text())]
     assert calls
-    for call in calls:
+    for script, call in calls:
         if "--help" not in call:
-            tyro.cli(ne.Args, args=call)
+            tyro.cli(ARGS[script], args=call)
 
 
 # --- logged keys ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,79 @@
+"""Each script is copied alone into forks, so they repeat each other. What means the same is the same, line for line."""
+
+import ast
+import difflib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# script, the one it repeats, the passages that differ because the algorithms do, and the words of these differences
+PAIRS = [
+    (
+        "baselines/td3_continuous.py",
+        "ne_td3_continuous.py",
+        "Args RANGES ReplayBuffer.sample MLP MLP.__init__ MLP.forward Agent.__init__ Agent.update_critic "
+        "Agent.update_actor load_checkpoint parse_args main",
+        r"method|rival|redo|reset|inject|by_age|\bage|\brow\b|recency|torch_rng|[^.]metrics|else:|Linear|\by\b|fresh|copied"
+        r"|adam|params|self.mlps|\bAgent\(|args: Args, n_obs|optimizers = |returns|td3_continuous|compile|graphed"
+        r"|active|\"gamma tau|learning_rate\"",
+    ),
+]
+NE_WORDS = (
+    r"topology|ne_|\bNE\b|Neuroplastic|review|rounds|plan|epsilon|dormant|counts?\b|masks/|layer|oldest|density|grow|prune"
+    r"|sparse|clip|params|self.mlps|Agent\(|redo|reset|initial weights|speed:|agent.optimizers:"
+)
+
+
+def passages(script: str) -> dict[str, list[str]]:
+    """{name: lines} of every constant, function, class (without its methods) and method of a script."""
+    lines = (ROOT / script).read_text().splitlines()
+    found = {}
+
+    def add(name: str, node: ast.AST) -> None:
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        found[name] = lines[first - 1 : node.end_lineno]
+
+    for node in ast.parse("\n".join(lines)).body:
+        if isinstance(node, ast.Assign):
+            add(node.targets[0].id, node)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If):
+            add(getattr(node, "name", "__main__"), node)
+        if isinstance(node, ast.ClassDef):
+            methods = [child for child in node.body if isinstance(child, ast.FunctionDef)]
+            for method in methods:
+                add(f"{node.name}.{method.name}", method)
+            if methods:
+                del found[node.name][methods[0].lineno - node.lineno :]
+    return found
+
+
+@pytest.mark.parametrize(("script", "original", "different", "words"), PAIRS, ids=[pair[0] for pair in PAIRS])
+def test_passages_of_the_same_name_are_the_same_lines(script, original, different, words):
+    ours, theirs = passages(script), passages(original)
+    common = [name for name in theirs if name in ours]
+    assert [name for name in ours if name in theirs] == common, "the order of the passages is not the same"
+    assert len(common) > 30 and set(different.split()) <= set(common)
+    changed = {name for name in common if ours[name] != theirs[name]}
+    assert changed == set(different.split())
+
+
+@pytest.mark.parametrize(("script", "original", "different", "words"), PAIRS, ids=[pair[0] for pair in PAIRS])
+def test_other_passages_differ_by_the_algorithm_only(script, original, different, words):
+    ours, theirs = passages(script), passages(original)
+    stray = []
+    for name in different.split():
+        for line in difflib.ndiff(theirs[name], ours[name]):
+            allowed = {"- ": NE_WORDS, "+ ": words}.get(line[:2])
+            if allowed and line[2:].strip() and not re.search(allowed, line):
+                stray.append(f"{name}: {line}")
+    assert not stray, "\n".join(stray)
+
+
+@pytest.mark.parametrize("script", ["ne_td3_continuous.py", "utils_topology.py", "baselines/td3_continuous.py"])
+def test_a_script_can_be_read_in_one_sitting(script):
+    assert len((ROOT / script).read_text().splitlines()) <= 650
+    for name, lines in passages(script).items():
+        length = sum(not line.startswith("@") for line in lines)
+        assert length < 40 or name in ("main", "Args"), f"{name} has {length} lines"

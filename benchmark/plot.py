@@ -101,13 +101,30 @@ def draw(ax, seeds: list[Seed], column: str, colour: str, style) -> None:
     ax.plot(steps, values.mean(0), color=colour, linestyle=style, linewidth=2, marker=marker)
 
 
-def curves(runs: Positional[tuple[str, ...]], /, out: Path = Path("curves.png"), title: str = "", svg: bool = False):
+def panels(split: bool) -> list[tuple[str, list[str]]]:
+    """PANELS, or the same with critics and actor apart in that of the active ratio."""
+    if not split:
+        return PANELS
+    label, columns = PANELS[1]
+    apart = [(f"{network}: {label}", [c]) for network, c in zip(("critics", "actor"), columns, strict=True)]
+    return [PANELS[0], *apart, PANELS[2]]
+
+
+def curves(
+    runs: Positional[tuple[str, ...]],
+    /,
+    out: Path = Path("curves.png"),
+    title: str = "",
+    split: bool = False,
+    svg: bool = False,
+):
     """Evaluation return, active ratio and density over environment steps.
 
     Args:
         runs: LABEL=PATH[,PATH...]; a PATH is a run's folder, a CSV file or a glob; several are seeds of one label
         out: where the PNG goes
         title: title of the figure
+        split: active ratios of critics and actor in panels of their own, which suits many labels
         svg: also write an SVG beside the PNG
     """
     labels = read_runs(list(runs), [column for _, columns in PANELS for column in columns])
@@ -116,9 +133,10 @@ def curves(runs: Positional[tuple[str, ...]], /, out: Path = Path("curves.png"),
     if out.suffix != ".png":
         die(f"--out must end in .png, got {out}")
 
-    figure = Figure(figsize=(7, 8), layout="constrained")
-    axes = figure.subplots(len(PANELS), sharex=True)
-    for ax, (name, columns) in zip(axes, PANELS, strict=True):
+    shown = panels(split)
+    figure = Figure(figsize=(7, 2.4 * len(shown) + 0.8), layout="constrained")
+    axes = figure.subplots(len(shown), sharex=True)
+    for ax, (name, columns) in zip(axes, shown, strict=True):
         for (label, seeds), colour in zip(labels.items(), COLOURS, strict=False):
             if not len(on_common_steps(seeds, columns[0])[0]):
                 die(f"the seeds of {label} have no step in common")
@@ -127,7 +145,7 @@ def curves(runs: Positional[tuple[str, ...]], /, out: Path = Path("curves.png"),
         ax.set_ylabel(name)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-        if len(columns) > 1:
+        if columns[0].startswith("ne/"):
             bottom = min(ax.get_ylim()[0], 0.95)
             ax.set_ylim(bottom, 1 + 0.04 * (1 - bottom))  # shares end at 1, and so do the ticks
     axes[-1].set_xlabel("environment steps")

@@ -1,6 +1,7 @@
 """Speed and memory of NE-TD3, measured beside its peers in one run on one machine.
 
 Run:   python benchmark/speed.py compare        steps per second and memory, ours and the peers' in turn; the ceilings
+       python benchmark/speed.py baselines      what each rival of NE costs against plain TD3
        python benchmark/speed.py whole-run      what NE costs against dense TD3, all intervals at their defaults
        python benchmark/speed.py scaling        steps per second against width, batch and task; time of a round
        python benchmark/speed.py side-by-side   throughput of several runs at once against one alone
@@ -67,13 +68,16 @@ def environment(threads: int) -> dict[str, str]:
 
 
 # --- contenders ------------------------------------------------------------------------------------------------------
-def ours(setting: Setting, *flags: str) -> list[str]:
-    """The command of our script, without evaluations and with ten times as many topology rounds as by default."""
+NE, RIVALS = "ne_td3_continuous.py", "baselines/td3_continuous.py"
+
+
+def ours(setting: Setting, *flags: str, script: str = NE) -> list[str]:
+    """The command of a script of ours, without evaluations; NE with ten times as many topology rounds as by default."""
     widths = [str(width) for width in setting.widths]
-    command = [sys.executable, str(ROOT / "ne_td3_continuous.py"), "--env-id", setting.env_id]
+    command = [sys.executable, str(ROOT / script), "--env-id", setting.env_id]
     command += ["--actor-hidden", *widths, "--critic-hidden", *widths, "--batch-size", str(setting.batch_size)]
     command += ["--torch-threads", str(setting.threads), "--learning-starts", str(RANDOM_STEPS)]
-    command += ["--eval-frequency", "1000000", "--grow-interval", "1000"]
+    command += ["--eval-frequency", "1000000", *(["--grow-interval", "1000"] if script == NE else [])]
     return [*command, *([] if setting.cuda else ["--no-cuda"]), *flags]
 
 
@@ -311,14 +315,27 @@ def all_commands(setting: Setting, peers: tuple[str, ...], others: tuple[str, ..
     return commands
 
 
-def print_ratios(contenders: list[Contender]) -> None:
-    """Medians, and the ratios to the fastest peer: medians over pairs of neighbouring turns."""
-    rivals = [c for c in contenders if c.name in PEERS]
-    fastest = max(rivals or contenders, key=lambda c: median(c.rates()))
+def rival_commands(setting: Setting, injection_step: int, compiled: bool) -> dict[str, list[str]]:
+    """{contender: [python, script, arguments ...]}: TD3, NE, and each rival."""
+    rivals = {"TD3": "none", "Reset": "reset --reset-interval 1000", "ReDo": "redo --redo-interval 100"}
+    rivals |= {"LayerNorm": "layer-norm", "Plasticity Injection": f"injection --injection-step {injection_step}"}
+    rivals |= {"recency-weighted replay": "recency"}
+    extra = ["--compile"] * compiled
+    lines = {name: ours(setting, "--method", *line.split(), *extra, script=RIVALS) for name, line in rivals.items()}
+    return lines | {"NE-TD3": ours(setting, *extra)}
+
+
+def fastest_peer(contenders: list[Contender]) -> Contender:
+    peers = [c for c in contenders if c.name in PEERS]
+    return max(peers or contenders, key=lambda c: median(c.rates()))
+
+
+def print_ratios(contenders: list[Contender], reference: Contender) -> None:
+    """Medians, and the ratios to the reference: medians over pairs of neighbouring turns."""
     table = []
     for c in contenders:
-        ratio = median(a / b for a, b in zip(c.rates(), fastest.rates(), strict=True))
-        row = {"contender": c.name, "steps/s": f"{median(c.rates()):.1f}", f"against {fastest.name}": f"{ratio:.2f}"}
+        ratio = median(a / b for a, b in zip(c.rates(), reference.rates(), strict=True))
+        row = {"contender": c.name, "steps/s": f"{median(c.rates()):.1f}", f"against {reference.name}": f"{ratio:.2f}"}
         table.append(row | {"peak MiB": f"{max(turn['rss_mib'] for turn in c.turns):.0f}"})
     print_table(table)
 
@@ -347,13 +364,37 @@ def compare(
     contenders = [Contender(name, line, chunk, cores(setting.threads)) for name, line in commands.items()]
     warm_up(contenders)
     take_turns(contenders, turns)
-    print_ratios(contenders)
+    print_ratios(contenders, fastest_peer(contenders))
     limits = ceilings(setting)
     print_table(limits)
     write_csv(out / "speed_compare.csv", turns_of(contenders))
     write_csv(out / "speed_ceilings.csv", limits)
     shape = f"{'-'.join(map(str, setting.widths))}, batch {setting.batch_size}, {setting.threads} thread"
     draw_bars(contenders, figure, f"{setting.env_id}, {shape}{'s' * (setting.threads > 1)}")
+
+
+def baselines(
+    setting: Setting = Setting(widths=(256, 128)),  # noqa: B008
+    chunk: int = 100,
+    turns: int = 20,
+    compiled: bool = True,
+    out: Path = ROOT / "results",
+) -> None:
+    """What NE and each rival cost against plain TD3, in turn. Events come more often than by default.
+
+    Args:
+        setting: the same for all
+        chunk: environment steps of a turn
+        turns: turns of each contender
+        compiled: all with --compile
+        out: folder of the CSV
+    """
+    commands = rival_commands(setting, RANDOM_STEPS + chunk, compiled)
+    contenders = [Contender(name, line, chunk, cores(setting.threads)) for name, line in commands.items()]
+    warm_up(contenders)
+    take_turns(contenders, turns)
+    print_ratios(contenders, contenders[0])
+    write_csv(out / "speed_baselines.csv", turns_of(contenders))
 
 
 def whole_run(steps: int = 100_000, chunk: int = 1_000, compiled: bool = True, out: Path = ROOT / "results") -> None:
@@ -498,5 +539,5 @@ def memory(transitions: int = 500_000, out: Path = ROOT / "results") -> None:
 
 
 if __name__ == "__main__":
-    commands = {"compare": compare, "whole-run": whole_run, "scaling": scaling, "side-by-side": side_by_side}
-    tyro.extras.subcommand_cli_from_dict(commands | {"memory": memory})
+    commands = {"compare": compare, "baselines": baselines, "whole-run": whole_run, "scaling": scaling}
+    tyro.extras.subcommand_cli_from_dict(commands | {"side-by-side": side_by_side, "memory": memory})

@@ -111,3 +111,14 @@ def test_bad_input_from_the_shell(tmp_path):
         done = run_plot(*args)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_split_gives_critics_and_actor_panels_of_their_own(tmp_path):
+    run = write_run(tmp_path / "run", [5000, 10000])
+    done = run_plot(f"NE={run}", "--out", tmp_path / "split.png", "--split", "--svg")
+    assert done.returncode == 0, done.stderr
+    svg = (tmp_path / "split.svg").read_text()
+    assert [svg.count(f'<g id="axes_{n}">') for n in range(1, 6)] == [1, 1, 1, 1, 0]
+    assert svg.count("critics: active ratio") == svg.count("actor: active ratio") == 1
+    columns = [column for _, panel in plot.panels(True) for column in panel]
+    assert columns == [column for _, panel in plot.PANELS for column in panel]

@@ -8,7 +8,10 @@ import sys
 
 import gymnasium as gym
 import pytest
+import tyro
 
+import ne_td3_continuous as ne
+import td3_continuous as td3
 from benchmark import paced, speed
 
 SMALL = speed.Setting(env_id="Pendulum-v1", widths=(16, 16), batch_size=16)
@@ -112,3 +115,29 @@ def test_the_buffer_is_neither_copied_by_updates_nor_by_a_checkpoint(tmp_path, c
     row = next(csv.DictReader((tmp_path / "speed_memory.csv").open()))
     assert float(row["buffer_mib"]) == pytest.approx(100_000 * (2 * 348 + 17 + 2) * 4 / 2**20, abs=1)
     assert float(row["ratio"]) < 1.2
+
+
+def test_every_rival_is_measured_with_flags_that_its_script_takes():
+    commands = speed.rival_commands(SMALL, 1_100, compiled=True)
+    methods = set()
+    for name, (_, script, *flags) in commands.items():
+        args = tyro.cli(ne.Args if name == "NE-TD3" else td3.Args, args=flags)
+        assert script.endswith("ne_td3_continuous.py" if name == "NE-TD3" else "baselines/td3_continuous.py")
+        assert args.compile and args.actor_hidden == (16, 16) and args.learning_starts == speed.RANDOM_STEPS
+        methods.add(getattr(args, "method", "NE"))
+    assert methods == {"NE", "none", "reset", "redo", "layer-norm", "injection", "recency"}
+
+
+def test_ratios_are_those_of_neighbouring_turns(capsys):
+    class Fake(speed.Contender):
+        def __init__(self, name, seconds):
+            self.name, self.chunk, self.turns = name, 100, [{"seconds": s, "rss_mib": 1} for s in seconds]
+
+    td3_, half = Fake("TD3", [1.0, 2.0, 4.0]), Fake("half", [2.0, 4.0, 80.0])
+    speed.print_ratios([td3_, half], td3_)
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        "against TD3" in lines[0]
+        and lines[1].split()[1:3] == ["50.0", "1.00"]
+        and lines[2].split()[1:3] == ["25.0", "0.50"]
+    )

@@ -16,13 +16,13 @@ import utils_topology as topology
 CPU = torch.device("cpu")
 
 
-def make_agent(module=td3, **changes):
+def make_agent(module=td3, device: torch.device = CPU, **changes):
     """A small agent (4 observations, 2 actions) and a buffer with 500 random transitions."""
     options = {"actor_hidden": (32, 24), "critic_hidden": (32, 24), "batch_size": 64, "total_timesteps": 1_000}
     args = module.Args(**options | changes)
     torch.manual_seed(0)
-    agent = module.Agent(args, 4, 2, *([1] if module is ne else []), device=CPU)
-    buffer = module.ReplayBuffer(500, 4, 2, args.batch_size, seed=2, device=CPU)
+    agent = module.Agent(args, 4, 2, *([1] if module is ne else []), device=device)
+    buffer = module.ReplayBuffer(500, 4, 2, args.batch_size, seed=2, device=device)
     buffer.data.copy_(torch.randn(500, 12, generator=torch.Generator().manual_seed(3)))
     buffer.data[:, 4:6].clamp_(-1, 1)
     buffer.data[:, 11] = (buffer.data[:, 11] > 1).float()
@@ -205,6 +205,8 @@ def test_reset_starts_networks_targets_and_adam_anew_and_keeps_the_buffer():
 # --- injection --------------------------------------------------------------------------------------------------------
 def test_injection_leaves_every_output_as_it_was():
     agent, buffer = make_agent(method="injection")
+    for mlp in networks(agent):  # new weights, not those the network itself started from
+        assert not any(torch.equal(a.weight, b.weight) for a, b in zip(mlp.fresh.layers, mlp.layers, strict=True))
     train(agent, buffer, 20)
     batch = buffer.sample()
     actions, q = agent.actor(batch.obs), [critic(batch.obs_actions) for critic in agent.critic]
@@ -212,8 +214,6 @@ def test_injection_leaves_every_output_as_it_was():
     td3.inject(agent)
     assert torch.equal(agent.actor(batch.obs), actions) and torch.equal(agent.target_actor(batch.obs), target_actions)
     assert all(torch.equal(critic(batch.obs_actions), old) for critic, old in zip(agent.critic, q, strict=True))
-    for mlp in networks(agent):  # new weights, not copies of the old ones
-        assert not torch.equal(mlp.fresh.layers[0].weight, mlp.layers[0].weight)
 
 
 def test_before_injection_it_is_td3_bit_for_bit():
@@ -255,16 +255,18 @@ def test_the_injected_actor_adds_before_the_tanh():
     agent, buffer = make_agent(method="injection")
     td3.inject(agent)
     train(agent, buffer, 20)
-    obs, actor = buffer.sample().obs, agent.actor
+    obs = buffer.sample().obs
 
     def by_hand(mlp: td3.MLP, x: torch.Tensor) -> torch.Tensor:
         for layer in mlp.layers[:-1]:
             x = F.relu(F.linear(x, layer.weight, layer.bias))
         return F.linear(x, mlp.layers[-1].weight, mlp.layers[-1].bias)
 
-    expected = torch.tanh(by_hand(actor, obs) + by_hand(actor.fresh, obs) - by_hand(actor.copied, obs))
-    assert torch.allclose(actor(obs), expected, atol=1e-6)
-    assert not torch.allclose(actor(obs), torch.tanh(by_hand(actor, obs)), atol=1e-6)
+    for actor in (agent.actor, agent.target_actor):
+        expected = torch.tanh(by_hand(actor, obs) + by_hand(actor.fresh, obs) - by_hand(actor.copied, obs))
+        assert torch.allclose(actor(obs), expected, atol=1e-6)
+        assert not torch.allclose(actor(obs), torch.tanh(by_hand(actor, obs)), atol=1e-6)
+    assert not torch.allclose(agent.actor(obs), agent.target_actor(obs), atol=1e-6)
 
 
 def test_active_ratios_after_injection_are_those_of_what_learns():
@@ -316,3 +318,45 @@ def test_other_methods_draw_uniformly():
     for _ in range(3):
         ours = buffer.sample()
         assert all(torch.equal(one, two) for one, two in zip(ours, their_buffer.sample(), strict=True))
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["none", "layer-norm", "injection"])
+def test_updates_read_no_values_and_stay_on_their_device(method):
+    """What a capture needs, seen on tensors without values: reading one raises, so does a tensor from elsewhere."""
+    meta = torch.device("meta")
+    with meta:
+        agent = td3.Agent(td3.Args(method=method), 4, 2, device=meta)
+        obs, obs_actions, noise, column = torch.empty(8, 4), torch.empty(8, 6), torch.empty(8, 2), torch.empty(8)
+    if method == "injection":
+        td3.inject(agent)
+    batch = td3.Batch(obs, obs_actions, obs, column, column, noise)
+    losses = [*agent.update_critic(batch), agent.update_actor(batch)]
+    assert [loss.device for loss in losses] == [meta] * 3
+    with pytest.raises(RuntimeError):
+        losses[0].item()
+    with pytest.raises(RuntimeError, match="device"):
+        agent.update_critic(batch._replace(noise=torch.zeros(8, 2, device="cpu")))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["reset", "redo", "injection"])
+def test_cuda_graphs_agree_with_eager_before_and_after_an_event(method):
+    torch.cuda.set_stream(torch.cuda.Stream())
+    agents = []
+    for graphed in (lambda update: update, td3.CudaGraph):
+        agent, buffer = make_agent(method=method, device=torch.device("cuda"))
+        update_critic, update_actor = graphed(agent.update_critic), graphed(agent.update_actor)
+        for update in range(1, 101):
+            batch = buffer.sample()
+            update_critic(batch)
+            if update % 2 == 0:
+                update_actor(batch)
+            if update == 50 and method == "injection":
+                td3.inject(agent)
+                update_critic, update_actor = graphed(agent.update_critic), graphed(agent.update_actor)
+            if update == 50 and method != "injection":
+                td3.reset(agent) if method == "reset" else td3.redo(agent, batch)
+        agents.append(agent)
+    for one, two in zip(*(values(agent) for agent in agents), strict=True):
+        assert torch.allclose(one, two, atol=1e-5)

@@ -23,7 +23,7 @@ FLAGS = {
     "none": "",
     "layer-norm": "--method layer-norm",
     "reset": "--method reset --reset-interval 325",  # at 325, 650, 975; 1300 is the last step
-    "redo": "--method redo --redo-interval 100",
+    "redo": "--method redo --redo-interval 350",  # after updates 350 and 700, that is steps 650 and 1000
     "injection": "--method injection --injection-step 900",
     "early injection": "--method injection --injection-step 800",  # saved at this very step
     "recency": "--method recency --recency-horizon 500",
@@ -69,7 +69,7 @@ def test_a_killed_run_resumes_exactly(whole, tmp_path, name):
     [
         ("none", {}, "method: none"),
         ("reset", {"reset": 3}, "method: reset, 3 times"),
-        ("redo", {"redo": 10}, "method: redo"),
+        ("redo", {"redo": 2}, "method: redo"),
         ("injection", {"inject": 1}, "method: injection, at step 900"),
         ("layer-norm", {}, "method: layer-norm"),
         ("recency", {}, "method: recency"),

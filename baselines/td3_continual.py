@@ -623,8 +623,10 @@ def main() -> None:
     speed = (step - first_step) / (time.time() - start)
     print(f"{active} at {speed:.0f} steps per second")
     with open(run_dir / "results.csv", newline="") as file:
-        for name, line in continual_metrics(list(csv.DictReader(file))).items():
-            print(f"{name:20s}" + "".join(f" {task} {value:.1f} " for task, value in line.items()))
+        table = continual_metrics(list(csv.DictReader(file)))
+    print(" " * 20 + "".join(f"{task:>16s}" for task in table["average performance"]))
+    for name, line in table.items():
+        print(f"{name:20s}" + "".join(f"{line.get(task, math.nan):16.1f}" for task in table["average performance"]))
 
 
 if __name__ == "__main__":

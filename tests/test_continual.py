@@ -137,6 +137,12 @@ def rows_of(batch, actions: int):
 @SCRIPTS
 def test_a_transition_keeps_the_mask_of_its_task(script):
     _, buffer = make_agent(script)
+    obs, action, next_obs, mask = np.arange(5.0), np.arange(5.0, 8), np.arange(8.0, 13), np.array([1.0, 0.0, 0.0])
+    buffer.add(obs, action, next_obs, 13.0, True, mask)
+    assert buffer.data[0].tolist() == [*range(14), 1, 1, 0, 0]  # obs | action | next obs | reward | terminated | mask
+    buffer.add(obs, action, next_obs, 13.0, False, np.ones(3))
+    assert buffer.data[1].tolist() == [*range(14), 0, 1, 1, 1]
+    _, buffer = make_agent(script)
     batch = buffer.sample()
     small = batch.mask.sum(1) == 1
     assert set(batch.mask.sum(1).tolist()) == {1, 3} and (batch.mask[:, 0] == 1).all()
@@ -252,7 +258,7 @@ def test_metrics_by_hand(script):
         "forgetting": {"A": 15, "mean": 15},  # 60 after the second A, 45 at the end
         "forward transfer": {"B": 4, "mean": 4},  # 14 after the first A, 10 untrained
     }
-    three = [[0.0, 1.0, 2.0], [9.0, 4.0, 3.0], [7.0, 8.0, 12.0], [5.0, 9.0, 30.0]]
+    three = [[20.0, 1.0, 2.0], [9.0, 4.0, 3.0], [7.0, 8.0, 12.0], [5.0, 9.0, 30.0]]
     assert script.continual_metrics(results(three, "ABC")) == {
         "average performance": {"A": 5, "B": 9, "C": 30, "mean": pytest.approx(44 / 3)},
         "forgetting": {"A": 4, "B": -1, "mean": 1.5},

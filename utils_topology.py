@@ -6,6 +6,7 @@ updates, never inside one. Section and equation numbers are those of the paper.
 """
 
 import math
+from collections import Counter
 
 import torch
 
@@ -341,3 +342,52 @@ def reset(mlps: dict, targets: list[torch.Tensor], optimizers: dict, rng: torch.
     torch._foreach_copy_(targets, [p for mlp in online for p in mlp.parameters()])
     for moments in (state.values() for optimizer in optimizers.values() for state in optimizer.state.values()):
         torch._foreach_zero_([*moments])
+
+
+# --- layer, plan and round of ne_td3_continual.py, which has no room for them ----------------------------------------
+class MaskedLinear(torch.nn.Linear):
+    """A linear layer whose weight (out, in) is exactly 0 wherever the boolean mask (out, in) is False.
+
+    `forward` ignores the mask, so autograd gives the dense gradient, which growth looks at; the optimiser's step then
+    multiplies it by `keep`. `bound` (out, in) limits |weight|: infinite, except for neurons that were reset.
+    """
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out)
+        self.initial_density, self.clipped = 1.0, False
+        self.register_buffer("mask", torch.ones(n_out, n_in, dtype=torch.bool))
+        self.register_buffer("keep", torch.ones(n_out, n_in))  # the mask as floats: 8 times faster to multiply by
+        self.register_buffer("bound", torch.full((n_out, n_in), math.inf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, in) -> (B, out); compiled, bias and ReLU share a loop
+        return x @ self.weight.t() + self.bias if torch.compiler.is_compiling() else super().forward(x)
+
+
+def planned_densities(args, rounds: range, alpha: float, tasks: tuple[str, ...]) -> str:
+    """A line, or "" where nothing grows: densities at the start of equally long tasks, less what is pruned."""
+    growth_end, plan = args.growth_end or args.total_timesteps, []
+    for part, task in enumerate(tasks if alpha else ()):
+        start = args.total_timesteps * part // len(tasks)
+        inactive = math.prod(1 - growth_fraction(alpha, step, growth_end) for step in rounds if step <= start)
+        plan.append(f"{task} {1 - (1 - args.initial_density) * inactive:.0%}")
+    return f"\ndensity at the start: {', '.join(plan)}" if plan else ""
+
+
+def topology_round(agent, batch, step: int, alpha: float) -> dict[str, int]:
+    """§4.2, Eq. 2: grows, then prunes and resets every NE network in place. Returns {"ne/{network}/grown": n, ...}."""
+    args, counts, hidden = agent.args, Counter(), agent.hidden(batch)
+    fraction = growth_fraction(alpha, step, args.growth_end or args.total_timesteps)
+    losses = {"actor": agent.actor_loss(batch), "critic": agent.critic_loss(batch)[0]}  # no step is taken with them
+    for name, optimizer in agent.optimizers.items():
+        for mlp, activations in zip(agent.mlps[name], hidden[name], strict=True):
+            # Elastic neuron generation
+            scores = torch.autograd.grad(losses[name], [layer.weight for layer in mlp.layers], retain_graph=True)
+            if args.growth == "random":
+                scores = [torch.rand(g.shape, generator=agent.ne_rng).to(g.device) for g in scores]
+            grown = grow(mlp.layers, scores, fraction, optimizer)
+            # Dormant neuron pruning
+            budget = int(args.prune_ratio * grown) if args.prune else 0
+            pruned = prune(mlp.layers, activations, budget, optimizer, args.weight_clip, agent.ne_rng)
+            counts.update({f"ne/{name}/grown": grown, f"ne/{name}/pruned": pruned})
+    apply_masks(agent.online_layers, agent.target_layers)
+    return counts

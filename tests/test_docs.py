@@ -10,7 +10,9 @@ import pytest
 import torch
 import tyro
 
+import ne_td3_continual as continual
 import ne_td3_continuous as ne
+import td3_continual
 import td3_continuous as td3
 import utils_topology as topology
 
@@ -19,15 +21,16 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GUIDE = (ROOT / "docs" / "ne_td3.md").read_text()
 BASELINES = (ROOT / "docs" / "baselines.md").read_text()
 SCRIPT = Path(ne.__file__).read_text()
-ARGS = {"ne_td3_continuous.py": ne.Args, "baselines/td3_continuous.py": td3.Args}
+CONTINUAL = (ROOT / "docs" / "ne_td3_continual.md").read_text()
+SCRIPTS = {Path(s.__file__).relative_to(ROOT).as_posix(): s for s in (ne, continual, td3, td3_continual)}
 
 # [`file.py:12`](../file.py#L12) `fragment of that line`
 LINK = re.compile(r"\[`?([\w/.]+\.py):(\d+)`?\]\(([\w/.]+\.py)#L(\d+)\)\s+`([^`\n]+)`")
 
 
-def section(title: str) -> str:
-    """The text of a second-level section of docs/ne_td3.md."""
-    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", GUIDE, re.M | re.S)[1]
+def section(title: str, page: str = GUIDE) -> str:
+    """The text of a second-level section of a page."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", page, re.M | re.S)[1]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -119,9 +122,37 @@ def test_the_page_of_the_baselines_has_a_row_for_each_flag_of_theirs_alone():
         assert says(documented["--" + name.replace("_", "-")], default), name
 
 
+CONTINUAL_FLAGS = rows(section("What differs from ne_td3_continuous.py", CONTINUAL))
+
+
+@pytest.mark.parametrize("script", [continual, td3_continual], ids=["ne_td3_continual", "td3_continual"])
+def test_flags_of_the_continual_scripts_are_those_of_the_other_page_or_in_the_table(script):
+    defaults = {field.name: field.default for field in dataclasses.fields(ne.Args)}
+    documented = {name: row[1] for row in CONTINUAL_FLAGS for name in in_backticks(row[0]) if name.startswith("--")}
+    for field in dataclasses.fields(script.Args):
+        flag = "--" + field.name.replace("_", "-")
+        if flag not in documented:
+            assert field.name in defaults and field.default == defaults[field.name], f"{flag} is not in the table"
+        elif flag == "--exp-name":
+            assert field.default in (documented[flag], "td3_continual")
+        else:
+            assert says(documented[flag], field.default), f"{flag}: default {documented[flag]} in the docs"
+
+
+def test_the_table_of_the_continual_scripts_has_no_other_flags():
+    fields = [field for script in (continual, td3_continual) for field in dataclasses.fields(script.Args)]
+    flags = {"--" + field.name.replace("_", "-") for field in fields}
+    flags |= {"--no-" + field.name.replace("_", "-") for field in fields if isinstance(field.default, bool)}
+    assert {name for row in CONTINUAL_FLAGS for name in in_backticks(row[0])} <= flags
+    left_out = re.search(r"There are no (.*?);", CONTINUAL, re.S)[1]
+    gone = {field.name for field in dataclasses.fields(ne.Args)} - {f.name for f in dataclasses.fields(continual.Args)}
+    gone -= {"env_id", "total_timesteps"}
+    assert set(in_backticks(left_out)) == {"--" + name.replace("_", "-") for name in gone}
+
+
 def commands(text: str) -> list[tuple[str, str]]:
-    """(script, arguments) of all calls of a script, in code blocks and between backticks."""
-    return re.findall(r"python ((?:baselines/)?\w+\.py)([^`#\n]*)", text)
+    """Script and arguments of all calls of the training scripts, in code blocks and between backticks."""
+    return re.findall(r"python ((?:baselines/)?\w*td3_\w+\.py)([^`#\n]*)", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
@@ -130,14 +161,14 @@ def test_commands_are_accepted(page):
     assert calls
     for script, call in calls:
         if "--help" not in call:
-            tyro.cli(ARGS[script], args=call)
+            tyro.cli(SCRIPTS[script].Args, args=call)
 
 
 # --- logged keys ------------------------------------------------------------------------------------------------------
-def documented_keys() -> dict[str, str]:
-    """{key: explanation} of the table of metrics, with {actor,critic} written out."""
+def documented_keys(table: str = section("Logged metrics explained")) -> dict[str, str]:
+    """{key: explanation} of a table of metrics, with {actor,critic} written out."""
     keys = {}
-    for row in rows(section("Logged metrics explained")):
+    for row in rows(table):
         for key in in_backticks(row[0]):
             parts = [part.split(",") for part in re.split(r"[{}]", key)]
             keys |= {"".join(choice): row[-1] for choice in itertools.product(*parts)}
@@ -162,3 +193,18 @@ def test_every_logged_key_is_explained_and_no_other():
     assert sorted(logged - set(documented)) == [], "not explained in docs/ne_td3.md"
     assert sorted(set(documented) - logged) == [], "explained, but not logged"
     assert all(len(explanation.split()) > 3 for explanation in documented.values())
+
+
+@pytest.mark.parametrize("script", [continual, td3_continual], ids=["ne_td3_continual", "td3_continual"])
+def test_every_column_of_the_continual_scripts_is_explained(script):
+    own = documented_keys(section("Logged columns", CONTINUAL))
+    source = Path(script.__file__).read_text()
+    written = set(re.findall(r'"((?:[a-z]+/[\w{}/.]+)|cycle|task_trained|task_evaluated)"', source))
+    written = {key.replace("{name}/return", "{task}/return") for key in written}
+    assert {"eval/{task}/return_mean", "task/id", "cycle", "eval/return_std"} <= written
+    assert set(own) - {"step"} <= {key.replace("{", "").replace("}", "") for key in written}
+    known = set(documented_keys()) | set(own) | {key.replace("{", "").replace("}", "") for key in own}
+    for key in written:
+        networks = [key.replace("{name}", name).replace("{change}", "grown") for name in ("actor", "critic", "actor/N")]
+        key = key.replace("{", "").replace("}", "")
+        assert key in known or set(networks) & known or any(k.startswith(f"{n}/") for k in known for n in networks), key

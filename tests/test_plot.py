@@ -122,3 +122,85 @@ def test_split_gives_critics_and_actor_panels_of_their_own(tmp_path):
     assert svg.count("critics: active ratio") == svg.count("actor: active ratio") == 1
     columns = [column for _, panel in plot.panels(True) for column in panel]
     assert columns == [column for _, panel in plot.PANELS for column in panel]
+
+
+# --- continual -----------------------------------------------------------------------------------------------------
+CONTINUAL = ["cycle", "task_trained", "task_evaluated"]
+
+
+def write_continual(folder: Path, steps=(0, 100, 200, 300, 400), tasks=("Big-v1", "Small-v1"), value=0.5) -> Path:
+    """Tasks are trained in turn, 200 steps each; the return is value * step on the first task, minus that on others."""
+    folder.mkdir()
+    with open(folder / "results.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, [*COLUMNS, *CONTINUAL])
+        table.writeheader()
+        for step in steps:
+            stretch = max(step - 1, 0) // 200
+            trained = {"cycle": 1 + stretch // len(tasks), "task_trained": tasks[stretch % len(tasks)]}
+            for task in tasks:
+                row = dict.fromkeys(COLUMNS, value) | trained | {"step": step, "task_evaluated": task}
+                table.writerow(row | {"eval/return_mean": value * step * (1 if task == tasks[0] else -1)})
+    return folder
+
+
+def test_continual_reads_returns_per_task_and_the_boundaries(tmp_path):
+    run = plot.read_continual(write_continual(tmp_path / "a", (0, 100, 200, 300, 400, 500)) / "results.csv", COLUMNS)
+    assert run.stretches == [(0, 200, "Big-v1"), (200, 400, "Small-v1"), (400, 500, "Big-v1")]
+    assert list(run.tasks) == ["Big-v1", "Small-v1"]
+    assert run.tasks["Small-v1"]["step"].tolist() == [0, 100, 200, 300, 400, 500]
+    assert run.tasks["Small-v1"]["eval/return_mean"].tolist() == [0, -50, -100, -150, -200, -250]
+
+
+def test_continual_shades_where_a_task_is_trained():
+    ax = plot.Figure().subplots()
+    plot.draw_stretches(ax, [(0, 200, "Big-v1"), (200, 400, "Small-v1"), (400, 500, "Big-v1")], "Big-v1", named=True)
+    assert [line.get_xdata()[0] for line in ax.lines] == [200, 400, 500]
+    assert [(patch.get_x(), patch.get_width()) for patch in ax.patches] == [(0, 200), (400, 100)]
+    assert [(text.get_text(), text.get_position()[0]) for text in ax.texts] == [
+        ("Big-v1", 100),
+        ("Small-v1", 300),
+        ("Big-v1", 450),
+    ]
+
+
+def test_continual_writes_png_and_svg(tmp_path):
+    a, b = write_continual(tmp_path / "ne_1"), write_continual(tmp_path / "ne_2", value=0.7)
+    other, out = write_continual(tmp_path / "td3", value=0.3), tmp_path / "continual.png"
+    args = [f"NE={a},{b}", f"TD3={other}", "--out", out, "--title", "Two tasks", "--svg"]
+    done = subprocess.run([sys.executable, SCRIPT, "continual", *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"wrote {out}", f"wrote {out.with_suffix('.svg')}"]
+    colours = {tuple(c) for c in (imread(out)[..., :3].reshape(-1, 3) * 255).round().astype(int)}
+    for colour in plot.COLOURS[:2]:
+        assert tuple(bytes.fromhex(colour[1:])) in colours
+    svg = out.with_suffix(".svg").read_text()
+    for text, times in (("NE", 1), ("TD3", 1), ("Big-v1", 2), ("Small-v1", 2), ("environment steps", 1)):
+        assert svg.count(f"<!-- {text} -->") == times, text  # a task: above its stretch and at its panel
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        ("no-equals-sign", "LABEL=PATH"),
+        ("NE={tmp}/absent", "no results at"),
+        ("NE={tmp}/single", "no column cycle, task_trained, task_evaluated"),
+        ("NE={tmp}/good,{tmp}/foreign", "all runs must have the same tasks, got Big-v1, Small-v1 and Big-v1, Other-v1"),
+        ("NE={tmp}/good,{tmp}/later", "no step in common"),
+        ("NE={tmp}/cut", "does not evaluate the same tasks at each step"),
+        ("NE={tmp}/backwards", "do not increase"),
+    ],
+)
+def test_bad_continual_input_is_one_line_and_exit_code_2(tmp_path, capsys, run, says):
+    write_run(tmp_path / "single", [1000])
+    write_continual(tmp_path / "good")
+    write_continual(tmp_path / "foreign", tasks=("Big-v1", "Other-v1"))
+    write_continual(tmp_path / "later", (50, 150))
+    write_continual(tmp_path / "backwards", (100, 50))
+    cut = write_continual(tmp_path / "cut") / "results.csv"
+    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(SystemExit) as stop:
+        plot.continual((run.format(tmp=tmp_path),), out=tmp_path / "continual.png")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert says in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "continual.png").exists()

@@ -71,7 +71,11 @@ def test_other_passages_differ_by_the_algorithm_only(script, original, different
     assert not stray, "\n".join(stray)
 
 
-@pytest.mark.parametrize("script", ["ne_td3_continuous.py", "utils_topology.py", "baselines/td3_continuous.py"])
+SCRIPTS = ["ne_td3_continuous.py", "ne_td3_continual.py", "utils_topology.py"]
+SCRIPTS += ["baselines/td3_continuous.py", "baselines/td3_continual.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_can_be_read_in_one_sitting(script):
     assert len((ROOT / script).read_text().splitlines()) <= 650
     for name, lines in passages(script).items():

@@ -37,10 +37,10 @@ gl:  ## install the libraries that off-screen rendering needs (Debian, as root)
 	fi; \
 	$(GL_LOADS) || echo "note: rendering needs libEGL and libGL (Debian: apt-get install $(GL_PACKAGES))"
 
-test: $(VENV)/.requirements-dev gl  ## linter, format check and fast tests
+test: $(VENV)/.requirements-dev gl  ## linter, format check and fast tests, in two processes
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.requirements-dev gl  ## the tests that take minutes
 	$(RUN) -m pytest -m slow

@@ -82,22 +82,25 @@ def network_density(layers: list) -> float:
 
 
 # --- the growth schedule ---------------------------------------------------------------------------------------------
-def growth_schedule(args) -> tuple[range, float, str]:
+def growth_schedule(args, network: str | None = None) -> tuple[range, float, str]:
     """The environment steps of the rounds, alpha, and one line that says what density they will reach.
 
     Rounds come every `grow_interval` steps, after the first update and before the cosine is 0 at T_end. alpha is
-    `grow_rate` or, where that is None, what takes `initial_density` to `final_density` in these rounds.
+    `grow_rate` or, where that is None, what takes `initial_density` to `final_density` in these rounds; for one
+    network, "actor" or "critic", `{network}_grow_rate` and `{network}_final_density`.
     """
+    rate, final_density = (f"{network}_{name}" if network else name for name in ("grow_rate", "final_density"))
     growth_end = args.growth_end or args.total_timesteps
     first = (args.learning_starts // args.grow_interval + 1) * args.grow_interval
     rounds = range(first, growth_end, args.grow_interval)
     start = args.initial_density
-    networks = " and ".join(n for n, on in (("actor", args.ne_actor), ("critics", args.ne_critic)) if on)
+    on = {"actor": args.ne_actor and network != "critic", "critics": args.ne_critic and network != "actor"}
+    networks = " and ".join(name for name in on if on[name])
     if start == 1 or not networks:
         return rounds, 0.0, "topology: dense, nothing to grow"
-    alpha = args.grow_rate
+    alpha = getattr(args, rate)
     if alpha is None:
-        alpha = solve_growth_rate(start, args.final_density, len(rounds))
+        alpha = solve_growth_rate(start, getattr(args, final_density), len(rounds))
     if args.growth == "none" or not rounds:
         return rounds, 0.0, f"topology: {networks} stay at {start:.0%}, nothing grows"
     rounds = range(first, min(growth_end, args.total_timesteps + 1), args.grow_interval)  # T_end may be after the run
@@ -142,7 +145,8 @@ def masked_step(optimizer: torch.optim.Adam, layers: list, gradients: tuple[torc
     in place. This calls the kernel of `torch.optim.Adam.step` without the bookkeeping around it, which takes longer on
     a CPU than the arithmetic.
     """
-    torch._foreach_mul_([g for g in gradients if g.dim() == 2], [layer.keep for layer in layers])
+    if layers:
+        torch._foreach_mul_([g for g in gradients if g.dim() == 2], [layer.keep for layer in layers])
     group = optimizer.param_groups[0]
     states = [optimizer.state[p] for p in group["params"]]
     means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
@@ -264,14 +268,31 @@ def prune(layers: list, hidden: list[torch.Tensor], budget: int, optimizer: torc
 
 @torch.no_grad()
 def redraw_neuron(incoming, neuron: int, optimizer: torch.optim.Adam, rng: torch.Generator) -> None:
-    """Draws a neuron's bias and active incoming weights from the initialiser of `nn.Linear`, U(-1, 1) / sqrt(in)."""
-    n_in = incoming.in_features
-    values = (2 * torch.rand(n_in + 1, generator=rng) - 1) / math.sqrt(n_in)  # (in + 1,)
-    values = values.to(incoming.weight.device)
-    incoming.weight[neuron] = values[:n_in] * incoming.mask[neuron]
-    incoming.bias[neuron] = values[n_in]
+    """Draws a neuron's bias and active incoming weights from the layer's initialiser."""
+    values = initial_values(incoming, 1, rng)[0]  # (in + 1,)
+    incoming.weight[neuron] = values[:-1] * incoming.mask[neuron]
+    incoming.bias[neuron] = values[-1]
     zero_moments(optimizer, incoming.weight, neuron)
     zero_moments(optimizer, incoming.bias, neuron)
+
+
+def initial_values(layer, rows: int, rng: torch.Generator) -> torch.Tensor:
+    """Weights and, in the last column, biases of so many neurons at birth: (rows, in + 1).
+
+    As `nn.Linear` draws them, U(-1, 1) / sqrt(in), or, where `layer.orthogonal` is set, rows of an orthogonal matrix
+    (out, in) and 0. A single row of such a matrix is a random direction of length sqrt(min(1, in / out)).
+    """
+    n_out, n_in = layer.weight.shape
+    if getattr(layer, "orthogonal", False):
+        values = torch.zeros(rows, n_in + 1)
+        if rows == n_out:
+            torch.nn.init.orthogonal_(values[:, :-1], generator=rng)
+        else:
+            directions = torch.nn.functional.normalize(torch.randn(rows, n_in, generator=rng), dim=1)
+            values[:, :-1] = directions * math.sqrt(min(1.0, n_in / n_out))
+    else:
+        values = (2 * torch.rand(rows, n_in + 1, generator=rng) - 1) / math.sqrt(n_in)
+    return values.to(layer.weight.device)
 
 
 @torch.no_grad()
@@ -320,18 +341,17 @@ def redo(mlps: dict, hidden: dict, tau: float, optimizers: dict, rng: torch.Gene
 
 @torch.no_grad()
 def reset(mlps: dict, targets: list[torch.Tensor], optimizers: dict, rng: torch.Generator) -> None:
-    """Reset (Nikishin et al. 2022) inside the masks: networks, targets and optimisers start anew; the masks stay.
+    """Reset (Nikishin et al. 2022) inside the masks: MLPs, their targets and Adam's state start anew; the masks stay.
 
     Args:
         mlps: {network: MLPs}, each with `layers` and `norms`.
         targets: parameters of the target networks, in the order of those of `mlps`.
-        optimizers: {network: Adam}.
+        optimizers: {network: Adam}. Of a network that is more than its MLPs, the rest keeps weights and state.
         rng: CPU generator of the draws.
     """
     online = [mlp for name in mlps for mlp in mlps[name]]
     for layer in (layer for mlp in online for layer in mlp.layers):
-        values = (2 * torch.rand(layer.out_features, layer.in_features + 1, generator=rng) - 1).to(layer.weight.device)
-        values /= math.sqrt(layer.in_features)  # (out, in + 1), the initialiser of `nn.Linear`
+        values = initial_values(layer, layer.out_features, rng)  # (out, in + 1)
         layer.weight.copy_(values[:, :-1])
         layer.bias.copy_(values[:, -1])
         layer.bound.fill_(math.inf)
@@ -339,5 +359,6 @@ def reset(mlps: dict, targets: list[torch.Tensor], optimizers: dict, rng: torch.
     for norm in (norm for mlp in online for norm in mlp.norms if isinstance(norm, torch.nn.LayerNorm)):
         norm.reset_parameters()
     torch._foreach_copy_(targets, [p for mlp in online for p in mlp.parameters()])
-    for moments in (state.values() for optimizer in optimizers.values() for state in optimizer.state.values()):
-        torch._foreach_zero_([*moments])
+    for name in mlps:
+        for p in (p for mlp in mlps[name] for p in mlp.parameters()):
+            torch._foreach_zero_([*optimizers[name].state[p].values()])

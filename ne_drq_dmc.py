@@ -8,7 +8,6 @@ With --initial-density 1 --review-floor 1 it is DrQ-v2. Deviations from the pape
 import copy
 import csv
 import difflib
-import gc
 import json
 import math
 import os
@@ -28,9 +27,10 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import utils_topology as topology
+
+PAD = 4  # pixels by which the augmentation shifts at most
 
 
 @dataclass
@@ -43,7 +43,6 @@ class Args:
     cuda: bool = True  # use the GPU if there is one
     cudagraphs: bool = True  # on CUDA: capture the two updates once and replay them; off: eager
     bf16: bool = False  # losses and gradients in bfloat16 where autocast holds that to be safe
-    torch_threads: int = 4  # CPU threads of torch, for the gathering of batches
     run_dir: str | None = None  # where all files go; default runs/{env_id}__{exp_name}__{seed}__{unix_time}
     track: bool = False  # also log to Weights & Biases (needs `pip install wandb`)
     wandb_project_name: str = "neuroplastic-expansion"  # project on Weights & Biases
@@ -59,7 +58,6 @@ class Args:
     frame_size: int = 84  # height and width of a frame in pixels
     frame_stack: int = 3  # frames per observation
     channels: int = 32  # of each convolution
-    feature_dim: int = 50  # outputs of the trunks
     hidden_dim: int = 1024  # width of the two hidden layers of policy and Q heads
     learning_rate: float = 1e-4  # Adam's step size, encoder, critic and actor
     batch_size: int = 256  # windows per update
@@ -73,7 +71,6 @@ class Args:
     stddev: tuple[float, float] = (1.0, 0.1)  # of all action noise, first and last; unit: half the action range
     stddev_duration: int | None = None  # agent steps from first to last; default: 100k for walker_walk, else 500k
     noise_clip: float = 0.3  # bound of the noise in the losses; unit: half the action range
-    shift_pad: int = 4  # augmentation: frames are shifted by up to so many pixels
     layer_norm: bool = False  # Linear -> LayerNorm -> ReLU on the hidden layers of the heads (Lyle et al. 2024)
     # --- Neuroplastic Expansion, on the MLP heads ---
     ne_actor: bool = True  # NE on the policy; off: dense from the start (Figure 7b)
@@ -108,10 +105,9 @@ def die(message: str, code: int = 2) -> NoReturn:
 
 
 RANGES = [  # of each flag; None, where it is a default, is not checked
-    ("at least 0", lambda x: x >= 0, "seed noise_clip shift_pad weight_clip review_tau redo_interval redo_tau"),
-    ("at least 0", lambda x: x >= 0, "reset_interval"),
-    ("at least 1", lambda x: x >= 1, "total_timesteps torch_threads eval_frequency eval_episodes batch_size"),
-    ("at least 1", lambda x: x >= 1, "checkpoint_frequency buffer_size action_repeat frame_stack channels feature_dim"),
+    ("at least 0", lambda x: x >= 0, "seed noise_clip weight_clip review_tau redo_interval redo_tau reset_interval"),
+    ("at least 1", lambda x: x >= 1, "total_timesteps eval_frequency eval_episodes batch_size"),
+    ("at least 1", lambda x: x >= 1, "checkpoint_frequency buffer_size action_repeat frame_stack channels"),
     ("at least 1", lambda x: x >= 1, "hidden_dim n_step update_frequency stddev_duration"),
     ("at least 1", lambda x: x >= 1, "grow_interval growth_end review_interval"),
     ("at least 15, for four convolutions", lambda x: x >= 15, "frame_size"),
@@ -156,9 +152,7 @@ class PixelEnv:
         self.frames.extend([frame.transpose(2, 0, 1)] * copies)
         return np.concatenate(self.frames)
 
-    def reset(self, seed: int | None = None) -> np.ndarray:
-        if seed is not None:
-            self.rng.seed(seed)
+    def reset(self) -> np.ndarray:
         self.task.reset()
         return self.observe(copies=self.args.frame_stack)
 
@@ -183,14 +177,14 @@ class Batch(NamedTuple):
     rewards: torch.Tensor  # (B,), of n steps, discounted
     discounts: torch.Tensor  # (B,), gamma ** n; 0 where the task terminated
     noise: torch.Tensor  # (B, 2, act) standard normal, for the target's action and for the policy's
-    shifts: torch.Tensor  # (B, 2, 2) in [0, 2 * pad], down and right, of observation and next observation
+    shifts: torch.Tensor  # (B, 2, 2) in [0, 2 * PAD], down and right, of observation and next observation
 
 
 class ReplayBuffer:
     """A ring of single frames. Frame i of the run is at i % capacity, with action | reward | discount that led to it.
 
-    A window is a frame and the n after it in its episode; `windows` is a ring of (frame, episode's first frame), oldest
-    first. A window is dropped when the first frame of its stack is overwritten.
+    A window is a frame and the n after it in its episode. `windows` is a ring of (frame, first of the episode, first of
+    the stack), oldest first; a window is dropped when the first frame of its stack is overwritten.
     """
 
     def __init__(self, args: Args, n_act: int, seed: int, device: torch.device):
@@ -200,13 +194,13 @@ class ReplayBuffer:
         meminfo = Path("/proc/meminfo").read_text().split()  # name: kilobytes kB ...
         free = 1024 * int(meminfo[meminfo.index("MemAvailable:") + 1])
         free = torch.cuda.mem_get_info()[0] if where == "cuda" else free
-        each = 3 * size**2 + 4 * (n_act + 2) + 16  # bytes
+        each = 3 * size**2 + 4 * (n_act + 2) + 24  # bytes
         self.memory = f"{self.capacity * each / 2**30:.2f} GiB on {where} of {free / 2**30:.2f} GiB free"
         if self.capacity * each > free:
             die(f"--buffer-size must be at most {free // each} to fit, got {self.capacity}, which takes {self.memory}")
         self.frames = torch.empty(self.capacity, 3, size, size, dtype=torch.uint8, device=where)
         self.steps = torch.empty(self.capacity, n_act + 2)
-        self.windows = torch.empty(self.capacity, 2, dtype=torch.int64)
+        self.windows = torch.empty(self.capacity, 3, dtype=torch.int64)
         shape = (args.batch_size, 2, 3 * args.frame_stack, size, size)
         self.pixels = torch.empty(shape, dtype=torch.uint8, device=device)  # every batch is written here
         staged = where == "cpu" != device.type  # gathered where a GPU can fetch it fast
@@ -225,38 +219,34 @@ class ReplayBuffer:
         self.steps[row] = torch.tensor([*([0.0] * self.columns[0] if action is None else action), reward, discount])
         self.count += 1
         if window >= self.start:
-            self.windows[self.newest % self.capacity] = torch.tensor([window, self.start])
+            needs = max(window - self.args.frame_stack + 1, self.start)
+            self.windows[self.newest % self.capacity] = torch.tensor([window, self.start, needs])
             self.newest += 1
-        while self.oldest < self.newest:
-            frame, start = self.windows[self.oldest % self.capacity].tolist()
-            if max(frame - self.args.frame_stack + 1, start) >= self.count - self.capacity:
-                break
+        while self.oldest < self.newest and self.windows[self.oldest % self.capacity, 2] < self.count - self.capacity:
             self.oldest += 1
 
     def sample(self, oldest: float = 1.0, rng: torch.Generator | None = None) -> Batch:
         """A uniform batch from the oldest share of the windows, written into the same tensors at every call."""
         args, rng, count = self.args, rng or self.rng, max(1, int(oldest * (self.newest - self.oldest)))
         index = (self.oldest + torch.randint(count, (len(self.rows),), generator=rng)) % self.capacity
-        frame, start = self.windows[index].unbind(1)  # (B,), (B,)
+        frame, start, _ = self.windows[index].unbind(1)  # (B,), (B,)
         stacks = torch.stack((frame, frame + args.n_step), dim=1)[:, :, None] + torch.arange(1 - args.frame_stack, 1)
         stacks = torch.maximum(stacks, start[:, None, None]) % self.capacity  # (B, 2, stack)
-        out = self.gathered.view(-1, *self.frames.shape[1:])
-        torch.index_select(self.frames, 0, stacks.flatten().to(self.frames.device), out=out)
-        if self.gathered is not self.pixels:
-            self.pixels.copy_(self.gathered)
+        stacks, out = stacks.flatten().to(self.frames.device), self.gathered.view(-1, *self.frames.shape[1:])
+        self.pixels.copy_(torch.index_select(self.frames, 0, stacks, out=out).view_as(self.pixels))
         led = self.steps[(frame[:, None] + torch.arange(1, args.n_step + 1)) % self.capacity]  # (B, n, act + 2)
         actions, rewards, discounts = led.split(self.columns, dim=2)
         discounts = (args.gamma * discounts).cumprod(1)  # (B, n, 1)
         rewards = rewards[:, 0] + (discounts[:, :-1] * rewards[:, 1:]).sum(1)  # (B, 1)
         self.rows.copy_(torch.cat((actions[:, 0], rewards, discounts[:, -1]), dim=1))
         self.batch.noise.copy_(torch.randn(self.batch.noise.shape, generator=rng))
-        self.batch.shifts.copy_(torch.randint(2 * args.shift_pad + 1, self.batch.shifts.shape, generator=rng))
+        self.batch.shifts.copy_(torch.randint(2 * PAD + 1, self.batch.shifts.shape, generator=rng))
         return self.batch
 
     def state_dict(self) -> dict:
         """The filled part only; on the CPU a view with a storage of its own length, so that saving copies nothing."""
-        parts = {name: getattr(self, name)[: self.count] for name in ("frames", "steps", "windows")}
-        state = {name: torch.from_numpy(part.cpu().numpy()) for name, part in parts.items()}
+        parts = ("frames", "steps", "windows")
+        state = {name: torch.from_numpy(getattr(self, name)[: self.count].cpu().numpy()) for name in parts}
         return state | {"numbers": [self.count, self.start, self.oldest, self.newest], "rng": self.rng.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -266,50 +256,12 @@ class ReplayBuffer:
         self.rng.set_state(state["rng"])
 
 
-def random_shift(obs: torch.Tensor, shifts: torch.Tensor, pad: int) -> torch.Tensor:
-    """Repeats the border `pad` times, then crops (Yarats et al. 2022): (B, C, H, W), (B, 2) -> (B, C, H, W)."""
+def random_shift(obs: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """Repeats the border PAD times, then crops (Yarats et al. 2022): (B, C, H, W), (B, 2) -> (B, C, H, W)."""
     places = torch.arange(obs.shape[-1], device=obs.device)  # frames are square
-    rows, columns = (places + shifts.T[:, :, None] - pad).clamp(0, len(places) - 1)  # (B, H), (B, W)
+    rows, columns = (places + shifts.T[:, :, None] - PAD).clamp(0, len(places) - 1)  # (B, H), (B, W)
     batch = torch.arange(len(obs), device=obs.device)[:, None, None]
     return obs[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # channels last in memory
-
-
-class MaskedLinear(nn.Linear):
-    """A linear layer whose weight (out, in) is exactly 0 wherever the boolean mask (out, in) is False.
-
-    `forward` ignores the mask, so autograd gives the dense gradient, which growth looks at; the optimiser's step then
-    multiplies it by `keep`. `bound` (out, in) limits |weight|: infinite, except for neurons that were reset.
-    """
-
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out)
-        self.initial_density, self.clipped = 1.0, False
-        self.register_buffer("mask", torch.ones(n_out, n_in, dtype=torch.bool))
-        self.register_buffer("keep", torch.ones(n_out, n_in))  # the mask as floats: 8 times faster to multiply by
-        self.register_buffer("bound", torch.full((n_out, n_in), math.inf))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, in) -> (B, out); compiled, bias and ReLU share a loop
-        return x @ self.weight.t() + self.bias if torch.compiler.is_compiling() else super().forward(x)
-
-
-class MLP(nn.Module):
-    """Hidden layers (masked linear, LayerNorm if asked for, ReLU) and a masked linear output."""
-
-    def __init__(self, sizes: list[int], layer_norm: bool):
-        super().__init__()
-        self.layers = nn.ModuleList(MaskedLinear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False))
-        self.norms = nn.ModuleList(nn.LayerNorm(n) if layer_norm else nn.Identity() for n in sizes[1:-1])
-
-    def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, sizes[0]) -> [(B, n), ...] of the hidden layers."""
-        hidden = []
-        for layer, norm in zip(self.layers, self.norms, strict=False):
-            x = F.relu(norm(layer(x)), inplace=True)
-            hidden.append(x)
-        return hidden
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers[-1](self.activations(x)[-1])  # (B, sizes[-1])
 
 
 class Network(nn.Module):
@@ -317,25 +269,18 @@ class Network(nn.Module):
 
     def __init__(self, args: Args, n_features: int, n_act: int, n_out: int, heads: int):
         super().__init__()
-        n = args.feature_dim
-        self.trunk = nn.Sequential(MaskedLinear(n_features, n), nn.LayerNorm(n), nn.Tanh())
+        n = 50  # outputs of the trunk
+        self.trunk = nn.Sequential(topology.MaskedLinear(n_features, n), nn.LayerNorm(n), nn.Tanh())
         sizes = [n + n_act, args.hidden_dim, args.hidden_dim, n_out]
-        self.heads = nn.ModuleList(MLP(sizes, args.layer_norm) for _ in range(heads))
-        self.masked = [layer for layer in self.modules() if isinstance(layer, MaskedLinear)]
+        self.heads = nn.ModuleList(topology.MaskedMLP(sizes, args.layer_norm) for _ in range(heads))
+        self.masked = [layer for layer in self.modules() if isinstance(layer, topology.MaskedLinear)]
 
-    def forward(self, features: torch.Tensor, *actions: torch.Tensor, of=MLP.forward) -> list:
-        """(B, features), (B, act) -> [(B, out), ...] of the heads, or what another method `of` MLP returns."""
-        x = torch.cat((self.trunk(features), *actions), dim=1)
-        return [of(head, x) for head in self.heads]
+    def forward(self, features: torch.Tensor, *actions: torch.Tensor) -> list[torch.Tensor]:
+        """(B, features), (B, act) if any -> [(B, out), ...] of the heads."""
+        return [head(torch.cat((self.trunk(features), *actions), dim=1)) for head in self.heads]
 
-
-@torch.no_grad()
-def orthogonal(module: nn.Module) -> None:
-    """DrQ-v2's initialiser, also of what a round or a reset draws later."""
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.orthogonal_(module.weight, gain=math.sqrt(2) if isinstance(module, nn.Conv2d) else 1.0)
-        module.bias.zero_()
-        module.orthogonal = True
+    def hidden(self, features: torch.Tensor, *actions: torch.Tensor) -> list[list[torch.Tensor]]:
+        return [head.activations(torch.cat((self.trunk(features), *actions), dim=1)) for head in self.heads]
 
 
 class Agent(nn.Module):
@@ -349,7 +294,7 @@ class Agent(nn.Module):
         self.encoder = nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())], nn.Flatten())
         n_features = self.encoder(torch.zeros(1, widths[0], args.frame_size, args.frame_size)).shape[1]
         self.actor, self.critic = Network(args, n_features, 0, n_act, 1), Network(args, n_features, n_act, 1, 2)
-        self.apply(orthogonal)
+        self.apply(topology.orthogonal)
         networks = {"actor": self.actor, "critic": self.critic}
         self.mlps = {name: [*network.heads] for name, network in networks.items()}
         self.groups = {name: [[*mlp.layers] for mlp in mlps] for name, mlps in self.mlps.items()}  # of layers with NE
@@ -375,7 +320,7 @@ class Agent(nn.Module):
             self.critic_loss, self.actor_loss = autocast(self.critic_loss), autocast(self.actor_loss)
 
     def encode(self, obs: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) uint8 -> (B, features)
-        return self.encoder(random_shift(obs, shifts, self.args.shift_pad) / 255 - 0.5)
+        return self.encoder(random_shift(obs, shifts) / 255 - 0.5)
 
     def noisy_actions(self, features: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """(B, features), (B, act) -> (B, act) in [-1, 1]. The gradient passes the bounds as if there were none."""
@@ -420,8 +365,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def hidden(self, batch: Batch) -> dict[str, list[list[torch.Tensor]]]:
         """Activations [(B, n), ...] of the hidden layers, for each MLP of each network."""
-        features, of = self.encode(batch.obs, batch.shifts[:, 0]), MLP.activations
-        return {"actor": self.actor(features, of=of), "critic": self.critic(features, batch.actions, of=of)}
+        features = self.encode(batch.obs, batch.shifts[:, 0])
+        return {"actor": self.actor.hidden(features), "critic": self.critic.hidden(features, batch.actions)}
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:  # (C, H, W) uint8 -> (act,)
@@ -479,18 +424,17 @@ def evaluate(agent: Agent, env: PixelEnv, episodes: int, seed: int, video: Path 
     """Undiscounted returns of the policy without noise; the same seeds, hence the same starts, at every call."""
     returns, images = [], []
     for episode in range(episodes):
-        obs = env.reset(seed=100 + seed + episode)  # not the seed of training
-        done, total = False, 0.0
+        env.rng.seed(100 + seed + episode)  # not the seed of training
+        obs, done, total = env.reset(), False, 0.0
         while not done:
             obs, reward, _, done = env.step(agent.act(obs))
             total += reward
-            if video and episode == 0:
-                images.append(Image.fromarray(obs[-3:].transpose(1, 2, 0)))
+            images += [Image.fromarray(obs[-3:].transpose(1, 2, 0))] * (video is not None and episode == 0)
         returns.append(total)
     if video:
         video.parent.mkdir(exist_ok=True)
-        milliseconds = max(20, round(1000 * env.task.control_timestep() * env.args.action_repeat))
-        images[0].save(video, save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
+        time_per_image = max(20, round(1000 * env.task.control_timestep() * env.args.action_repeat))  # milliseconds
+        images[0].save(video, save_all=True, append_images=images[1:], duration=time_per_image, loop=0)
     return returns
 
 
@@ -544,20 +488,18 @@ def parse_args() -> tuple[Args, dict | None]:
     short = args.env_id == "walker_walk"
     args.total_timesteps = args.total_timesteps or (1_100_000 if short else 3_100_000)
     args.stddev_duration = args.stddev_duration or (100_000 if short else 500_000)
-    for name in ("total_timesteps", "eval_frequency", "grow_interval", "reset_interval"):
-        if (value := getattr(args, name)) % args.action_repeat:
-            die(f"--{name.replace('_', '-')} must be a multiple of --action-repeat ({args.action_repeat}), got {value}")
-    least = max(args.batch_size, 2 * (args.n_step + args.frame_stack))
-    if args.buffer_size < least:
-        die(f"--buffer-size must be at least {least} with these batches and windows, got {args.buffer_size}")
-    if args.learning_starts < args.n_step * args.action_repeat:
-        die(f"--learning-starts must be at least --n-step times --action-repeat, got {args.learning_starts}")
-    for name in ("actor", "critic"):
-        density, final = args.initial_density, getattr(args, f"{name}_final_density")
-        if getattr(args, f"{name}_grow_rate") is None and density < 1 and not density <= final < 1:
-            die(f"--{name}-final-density must be in [--initial-density ({density}), 1), got {final}")
-    if args.buffer_device == "cuda" and not (args.cuda and torch.cuda.is_available()):
-        die("--buffer-device must be cpu where no GPU is used, got cuda")
+    start, whole = args.initial_density, ("total_timesteps", "eval_frequency", "grow_interval", "reset_interval")
+    limits = [(name, getattr(args, name) % args.action_repeat == 0, "a multiple of --action-repeat") for name in whole]
+    least = max(args.batch_size, 2 * (args.n_step + args.frame_stack)), args.n_step * args.action_repeat
+    limits += [("buffer_size", args.buffer_size >= least[0], f"at least {least[0]} for such batches and windows")]
+    limits += [("learning_starts", args.learning_starts >= least[1], f"at least {least[1]} for such windows")]
+    limits += [("buffer_device", args.buffer_device == "cpu" or torch.cuda.is_available() and args.cuda, "cpu")]
+    for name in ("actor_final_density", "critic_final_density"):
+        solved = start < 1 and getattr(args, name.replace("final_density", "grow_rate")) is None
+        limits += [(name, not solved or start <= getattr(args, name) < 1, f"in [--initial-density ({start}), 1)")]
+    for name, holds, allowed in limits:
+        if not holds:
+            die(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(args, name)}")
     return args, checkpoint
 
 
@@ -595,7 +537,6 @@ def main() -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default stream
-    torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # denormal numbers make long runs slow
     seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(4)]
     torch.manual_seed(seeds[0])  # initial weights
@@ -606,11 +547,8 @@ def main() -> None:
     run |= {"returns": [], "epsilon": 1.0, "dormant": None, "reviewed": 0}
     run["counts"] = {f"ne/{name}/{change}": 0 for name in agent.layers for change in ("grown", "pruned")}
     if checkpoint is not None:
-        try:
-            agent.load_state_dict(checkpoint["agent"])
-            topology.apply_masks(agent.online_layers, agent.target_layers)
-        except RuntimeError:
-            die(f"the checkpoint does not fit {args.env_id} with {env.n_act} actions", code=1)
+        agent.load_state_dict(checkpoint["agent"])
+        topology.apply_masks(agent.online_layers, agent.target_layers)
         run = checkpoint["run"]
     if args.evaluate:
         returns = evaluate(agent, env, args.eval_episodes, args.seed)
@@ -636,7 +574,6 @@ def main() -> None:
     print(f"{args.env_id}, seed {args.seed}, {device}: {run_dir}\n{schedules['actor'][2]}\n{schedules['critic'][2]}")
     print(f"{env.n_act} actions, {args.frame_stack} frames of {args.frame_size}x{args.frame_size}, {env.backend}")
     print(f"replay buffer: {buffer.memory}")
-    bar = tqdm(total=args.total_timesteps, initial=run["step"], unit=" frames", disable=None)
     stops, hint = [], b"\nfinishing the episode in hand, then saving (once more: stop at once)\n"
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda n, _: os._exit(128 + n) if stops else stops.append(n) or os.write(2, hint))
@@ -662,10 +599,9 @@ def main() -> None:
         save_checkpoint(run_dir / "checkpoint.pt", content)
 
     # --- the loop ---
-    gc.freeze()  # what exists by now stays: garbage collection need not look at it again
     qf_loss = qf_values = actor_loss = math.nan
-    episodic_return, episodic_length, status, start, first_step = 0.0, 0, "", time.time(), run["step"]
-    obs = env.reset(args.seed if checkpoint is None else None)
+    episodic_return, episodic_length, start, first_step = 0.0, 0, time.time(), run["step"]
+    obs = env.reset()
     buffer.add(obs)
     for step in range(run["step"] + args.action_repeat, args.total_timesteps + 1, args.action_repeat):
         run["step"], agent_step = step, step // args.action_repeat
@@ -704,11 +640,7 @@ def main() -> None:
                 run["counts"][key] += count
         if args.reset_interval and step % args.reset_interval == 0 and step < args.total_timesteps:
             topology.reset(agent.mlps, agent.head_targets, agent.optimizers, agent.ne_rng)
-        # log
-        if step % 1_000 < args.action_repeat and run["updates"]:
-            losses = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/actor_loss": actor_loss}
-            log({"charts/SPS": (step - first_step) / (time.time() - start)} | losses)
-        # evaluate
+        # evaluate, log
         if step % args.eval_frequency == 0 or step == args.total_timesteps:
             video = run_dir / f"videos/step_{step}.gif" if args.capture_video else None
             returns = evaluate(agent, eval_env, args.eval_episodes, args.seed, video)
@@ -719,18 +651,17 @@ def main() -> None:
                 row |= topology.metrics(f"ne/{name}", agent.layers[name], sum(hidden, []))
             row |= run["counts"] | {"ne/review_epsilon": run["epsilon"]}
             row["ne/review_share"] = run["reviewed"] / max(run["updates"], 1)
-            log({key: value for key, value in row.items() if key.startswith(("eval/", "ne/"))})
+            log({key: value for key, value in row.items() if key.startswith(("eval/", "ne/", "losses/"))})
+            log({"losses/actor_loss": actor_loss, "charts/SPS": (step - first_step) / (time.time() - start)})
             status = f"density {row['ne/actor/density']:.0%} actor, {row['ne/critic/density']:.0%} critics"
-            bar.write(f"step {step:,}: return {np.mean(returns):.0f} +- {np.std(returns):.0f}, {status}")
+            print(f"step {step:,}: return {np.mean(returns):.0f} +- {np.std(returns):.0f}, {status}")
             with open(run_dir / "results.csv", "a", newline="") as file:
                 csv.writer(file).writerows([row.values()] if file.tell() else [row.keys(), row.values()])
                 run["returns"], run["results_bytes"] = [], file.tell()
         # episode end: log, checkpoint, reset
-        bar.update(args.action_repeat)
         if done:
             log({"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length})
             run["returns"].append(episodic_return)
-            bar.set_postfix_str(f"return {episodic_return:.0f}, {status}", refresh=False)
             if stops or step // args.checkpoint_frequency > run["saved"] // args.checkpoint_frequency:
                 save()
             if stops:
@@ -741,12 +672,8 @@ def main() -> None:
             buffer.add(obs)
 
     save(finished=True)
-    for part in (bar, writer, env.task, eval_env.task):
-        part.close()
-    speed = (step - first_step) / (time.time() - start)
-    print(f"return {row['eval/return_mean']:.1f} +- {row['eval/return_std']:.1f} at {speed:.0f} frames per second")
-    for name in agent.layers:
-        print(f"{name:6s} density {row[f'ne/{name}/density']:.1%}, active ratio {row[f'ne/{name}/active_ratio']:.1%}")
+    writer.close()
+    print(f"return {row['eval/return_mean']:.1f} +- {row['eval/return_std']:.1f} after {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ updates, never inside one. Section and equation numbers are those of the paper.
 import math
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 
 def erdos_renyi_densities(shapes: list[tuple[int, int]], density: float) -> list[float]:
@@ -79,6 +81,54 @@ def apply_masks(layers: list, targets: list) -> None:
 def network_density(layers: list) -> float:
     """Share of active connections over all layers, in [0, 1]."""
     return sum(int(layer.mask.sum()) for layer in layers) / sum(layer.mask.numel() for layer in layers)
+
+
+# --- networks with masks ----------------------------------------------------------------------------------------------
+class MaskedLinear(nn.Linear):
+    """A linear layer whose weight (out, in) is exactly 0 wherever the boolean mask (out, in) is False.
+
+    `forward` ignores the mask, so autograd gives the dense gradient, which growth looks at; the optimiser's step then
+    multiplies it by `keep`. `bound` (out, in) limits |weight|: infinite, except for neurons that were reset.
+    """
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out)
+        self.initial_density, self.clipped = 1.0, False
+        self.register_buffer("mask", torch.ones(n_out, n_in, dtype=torch.bool))
+        self.register_buffer("keep", torch.ones(n_out, n_in))  # the mask as floats: 8 times faster to multiply by
+        self.register_buffer("bound", torch.full((n_out, n_in), math.inf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, in) -> (B, out); compiled, bias and ReLU share a loop
+        return x @ self.weight.t() + self.bias if torch.compiler.is_compiling() else super().forward(x)
+
+
+class MaskedMLP(nn.Module):
+    """Hidden layers (masked linear, LayerNorm if asked for, ReLU) and a masked linear output."""
+
+    def __init__(self, sizes: list[int], layer_norm: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(MaskedLinear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False))
+        self.norms = nn.ModuleList(nn.LayerNorm(n) if layer_norm else nn.Identity() for n in sizes[1:-1])
+
+    def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """(B, sizes[0]) -> [(B, n), ...] of the hidden layers."""
+        hidden = []
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            x = F.relu(norm(layer(x)), inplace=True)
+            hidden.append(x)
+        return hidden
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[-1](self.activations(x)[-1])  # (B, sizes[-1])
+
+
+@torch.no_grad()
+def orthogonal(module: nn.Module) -> None:
+    """Initialises a convolution or a linear layer as DrQ-v2 does. What is drawn for it later is likewise."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.orthogonal_(module.weight, gain=math.sqrt(2) if isinstance(module, nn.Conv2d) else 1.0)
+        module.bias.zero_()
+        module.orthogonal = True
 
 
 # --- the growth schedule ---------------------------------------------------------------------------------------------
@@ -286,9 +336,9 @@ def initial_values(layer, rows: int, rng: torch.Generator) -> torch.Tensor:
     if getattr(layer, "orthogonal", False):
         values = torch.zeros(rows, n_in + 1)
         if rows == n_out:
-            torch.nn.init.orthogonal_(values[:, :-1], generator=rng)
+            nn.init.orthogonal_(values[:, :-1], generator=rng)
         else:
-            directions = torch.nn.functional.normalize(torch.randn(rows, n_in, generator=rng), dim=1)
+            directions = F.normalize(torch.randn(rows, n_in, generator=rng), dim=1)
             values[:, :-1] = directions * math.sqrt(min(1.0, n_in / n_out))
     else:
         values = (2 * torch.rand(rows, n_in + 1, generator=rng) - 1) / math.sqrt(n_in)
@@ -356,7 +406,7 @@ def reset(mlps: dict, targets: list[torch.Tensor], optimizers: dict, rng: torch.
         layer.bias.copy_(values[:, -1])
         layer.bound.fill_(math.inf)
         apply_mask(layer)
-    for norm in (norm for mlp in online for norm in mlp.norms if isinstance(norm, torch.nn.LayerNorm)):
+    for norm in (norm for mlp in online for norm in mlp.norms if isinstance(norm, nn.LayerNorm)):
         norm.reset_parameters()
     torch._foreach_copy_(targets, [p for mlp in online for p in mlp.parameters()])
     for name in mlps:

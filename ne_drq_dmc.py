@@ -1,8 +1,8 @@
 """Neuroplastic Expansion (NE) on DrQ-v2, continuous control from pixels, in one file.
 
 Paper: Neuroplastic Expansion in Deep Reinforcement Learning, arXiv 2410.07994; §, Eq. and Table below refer to it.
-Run:   python ne_drq_dmc.py --env-id walker_walk --seed 1    (--help lists all flags; needs a GPU but for tiny sizes)
-With --initial-density 1 --review-floor 1 it is DrQ-v2. Deviations from the paper, numbered: docs/ne_drq_dmc.md
+Run:   python ne_drq_dmc.py --env-id walker_walk (on a GPU); with --initial-density 1 --review-floor 1 it is DrQ-v2
+All flags: --help. Deviations from the paper, numbered: docs/ne_drq_dmc.md
 """
 
 import copy
@@ -30,8 +30,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 import utils_topology as topology
 
-PAD = 4  # pixels by which the augmentation shifts at most
-
 
 @dataclass
 class Args:
@@ -42,6 +40,7 @@ class Args:
     total_timesteps: int | None = None  # length in environment frames; default: 1.1M for walker_walk, else 3.1M
     cuda: bool = True  # use the GPU if there is one
     cudagraphs: bool = True  # on CUDA: capture the two updates once and replay them; off: eager
+    torch_threads: int = 1  # CPU threads of torch; a resumed run is exact with the same number only
     bf16: bool = False  # losses and gradients in bfloat16 where autocast holds that to be safe
     run_dir: str | None = None  # where all files go; default runs/{env_id}__{exp_name}__{seed}__{unix_time}
     track: bool = False  # also log to Weights & Biases (needs `pip install wandb`)
@@ -52,7 +51,6 @@ class Args:
     eval_episodes: int = 10  # per evaluation: deterministic policy, own environment and seed (DrQ-v2)
     checkpoint_frequency: int = 250_000  # environment frames; written at the first episode end after each
     resume: str | None = None  # RUN_DIR of an interrupted run: continue it exactly, with its own arguments
-    evaluate: str | None = None  # path of a checkpoint: evaluate its policy for --eval-episodes and exit
     # --- DrQ-v2 (Yarats et al. 2022; values of its reference code, Table 3) ---
     action_repeat: int = 2  # environment frames per agent step
     frame_size: int = 84  # height and width of a frame in pixels
@@ -62,7 +60,7 @@ class Args:
     learning_rate: float = 1e-4  # Adam's step size, encoder, critic and actor
     batch_size: int = 256  # windows per update
     buffer_size: int = 1_000_000  # single frames kept
-    buffer_device: Literal["cpu", "cuda"] = "cpu"  # where the frames are kept
+    buffer_device: Literal["cpu", "cuda"] = "cpu"  # where the frames are kept, if a GPU is used
     gamma: float = 0.99  # discount factor per agent step
     n_step: int = 3  # agent steps per window
     tau: float = 0.01  # Polyak step of the target networks, per update
@@ -104,12 +102,12 @@ def die(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+PAD = 4  # pixels by which the augmentation shifts at most
 RANGES = [  # of each flag; None, where it is a default, is not checked
     ("at least 0", lambda x: x >= 0, "seed noise_clip weight_clip review_tau redo_interval redo_tau reset_interval"),
-    ("at least 1", lambda x: x >= 1, "total_timesteps eval_frequency eval_episodes batch_size"),
-    ("at least 1", lambda x: x >= 1, "checkpoint_frequency buffer_size action_repeat frame_stack channels"),
-    ("at least 1", lambda x: x >= 1, "hidden_dim n_step update_frequency stddev_duration"),
-    ("at least 1", lambda x: x >= 1, "grow_interval growth_end review_interval"),
+    ("at least 1", lambda x: x >= 1, "total_timesteps torch_threads eval_frequency eval_episodes batch_size n_step"),
+    ("at least 1", lambda x: x >= 1, "checkpoint_frequency buffer_size action_repeat frame_stack channels hidden_dim"),
+    ("at least 1", lambda x: x >= 1, "update_frequency stddev_duration grow_interval growth_end review_interval"),
     ("at least 15, for four convolutions", lambda x: x >= 15, "frame_size"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma tau actor_grow_rate critic_grow_rate review_decay review_floor"),
     ("in (0, 1]", lambda x: 0 < x <= 1, "learning_rate initial_density review_fraction"),
@@ -188,23 +186,23 @@ class ReplayBuffer:
     """
 
     def __init__(self, args: Args, n_act: int, seed: int, device: torch.device):
-        self.args, self.capacity, size, where = args, args.buffer_size, args.frame_size, args.buffer_device
+        self.args, self.capacity, size = args, args.buffer_size, args.frame_size
         self.columns, self.rng = [n_act, 1, 1], torch.Generator().manual_seed(seed)
         self.count = self.start = self.oldest = self.newest = 0  # frames, start of the episode, range of the windows
-        meminfo = Path("/proc/meminfo").read_text().split()  # name: kilobytes kB ...
-        free = 1024 * int(meminfo[meminfo.index("MemAvailable:") + 1])
-        free = torch.cuda.mem_get_info()[0] if where == "cuda" else free
+        where = args.buffer_device if device.type == "cuda" else "cpu"
+        kilobytes = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
+        free = torch.cuda.mem_get_info()[0] if where == "cuda" else 1024 * int(kilobytes)
         each = 3 * size**2 + 4 * (n_act + 2) + 24  # bytes
-        self.memory = f"{self.capacity * each / 2**30:.2f} GiB on {where} of {free / 2**30:.2f} GiB free"
+        memory = f"{self.capacity * each / 2**30:.2f} GiB on {where}, where {free / 2**30:.2f} GiB are free"
         if self.capacity * each > free:
-            die(f"--buffer-size must be at most {free // each} to fit, got {self.capacity}, which takes {self.memory}")
+            die(f"--buffer-size must be at most {free // each} to fit, got {self.capacity}, which takes {memory}")
+        print(f"replay buffer: {self.capacity:,} frames, {memory}")
         self.frames = torch.empty(self.capacity, 3, size, size, dtype=torch.uint8, device=where)
         self.steps = torch.empty(self.capacity, n_act + 2)
         self.windows = torch.empty(self.capacity, 3, dtype=torch.int64)
         shape = (args.batch_size, 2, 3 * args.frame_stack, size, size)
         self.pixels = torch.empty(shape, dtype=torch.uint8, device=device)  # every batch is written here
-        staged = where == "cpu" != device.type  # gathered where a GPU can fetch it fast
-        self.gathered = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if staged else self.pixels
+        self.gathered = torch.empty(shape, dtype=torch.uint8, device=where, pin_memory=where != device.type)
         self.rows = torch.empty(args.batch_size, n_act + 2, device=device)
         actions, rewards, discounts = self.rows.split(self.columns, dim=1)
         noise = torch.empty(args.batch_size, 2, n_act, device=device)
@@ -267,9 +265,8 @@ def random_shift(obs: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
 class Network(nn.Module):
     """A trunk (linear, LayerNorm, tanh) on the encoder's features and MLP heads; actions, if any, join the trunk."""
 
-    def __init__(self, args: Args, n_features: int, n_act: int, n_out: int, heads: int):
+    def __init__(self, args: Args, n_features: int, n_act: int, n_out: int, heads: int, n: int = 50):
         super().__init__()
-        n = 50  # outputs of the trunk
         self.trunk = nn.Sequential(topology.MaskedLinear(n_features, n), nn.LayerNorm(n), nn.Tanh())
         sizes = [n + n_act, args.hidden_dim, args.hidden_dim, n_out]
         self.heads = nn.ModuleList(topology.MaskedMLP(sizes, args.layer_norm) for _ in range(heads))
@@ -297,9 +294,9 @@ class Agent(nn.Module):
         self.apply(topology.orthogonal)
         networks = {"actor": self.actor, "critic": self.critic}
         self.mlps = {name: [*network.heads] for name, network in networks.items()}
-        self.groups = {name: [[*mlp.layers] for mlp in mlps] for name, mlps in self.mlps.items()}  # of layers with NE
+        self.groups = {name: [[network.trunk[0]]] * args.sparse_trunk for name, network in networks.items()}  # under NE
         for name, groups in self.groups.items():
-            groups += [[networks[name].trunk[0]]] * args.sparse_trunk
+            groups += [[*mlp.layers] for mlp in self.mlps[name]]
             for layers in ([sum(groups, [])] if args.sparse_trunk else groups) * getattr(args, f"ne_{name}"):
                 topology.sparsify(layers, args.initial_density, args.sparse_init, self.ne_rng)  # §4.2
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -308,15 +305,14 @@ class Agent(nn.Module):
         self.to(device).encoder.to(memory_format=torch.channels_last)
         self.layers = {name: sum(groups, []) for name, groups in self.groups.items()}
         self.params = {name: [*part.parameters()] for name, part in [("encoder", self.encoder), *networks.items()]}
-        self.online = [p.detach() for p in self.params["critic"]]
-        self.targets = [*self.target_critic.parameters()]
+        self.online, self.targets = [p.detach() for p in self.params["critic"]], [*self.target_critic.parameters()]
         self.head_targets = [*self.actor.heads.parameters(), *self.target_critic.heads.parameters()]
         self.optimizers = {name: topology.adam(p, args.learning_rate) for name, p in self.params.items()}
         self.online_layers = self.actor.masked + self.critic.masked
         self.target_layers = self.actor.masked + self.target_critic.masked  # the policy is its own target
         topology.apply_masks(self.online_layers, self.target_layers)
-        autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
         if args.bf16:
+            autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
             self.critic_loss, self.actor_loss = autocast(self.critic_loss), autocast(self.actor_loss)
 
     def encode(self, obs: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) uint8 -> (B, features)
@@ -356,8 +352,7 @@ class Agent(nn.Module):
 
     def update_actor(self, batch: Batch) -> torch.Tensor:
         """One step of the policy, after the critics' on the same batch, then Polyak averaging of all targets."""
-        loss = self.actor_loss(batch)
-        gradients = torch.autograd.grad(loss, self.params["actor"])
+        gradients = torch.autograd.grad(loss := self.actor_loss(batch), self.params["actor"])
         topology.masked_step(self.optimizers["actor"], self.actor.masked, gradients)
         torch._foreach_lerp_(self.targets, self.online, self.args.tau)
         return loss.detach()
@@ -374,31 +369,14 @@ class Agent(nn.Module):
         return torch.tanh(self.actor(self.encoder(obs / 255 - 0.5))[0])[0].cpu().numpy()
 
 
-class CudaGraph:
-    """Captures an update once and replays it. `batch` must be the same tensors at every call."""
-
-    def __init__(self, update):
-        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
-
-    def __call__(self, batch: Batch):
-        self.calls += 1
-        if self.calls <= 3:  # plain updates: the warm-up that a capture needs
-            return self.update(batch)
-        if self.calls == 4:
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):  # records without running
-                self.losses = self.update(batch)
-        self.graph.replay()
-        return self.losses
-
-
-def topology_round(agent: Agent, batch: Batch, step: int, alphas: dict[str, float]) -> dict[str, int]:
+def topology_round(agent: Agent, batch: Batch, step: int, schedules: dict[str, tuple]) -> dict[str, int]:
     """§4.2, Eq. 2: grows, then prunes and resets every NE network in place. Returns {"ne/{network}/grown": n, ...}."""
     args, counts, hidden = agent.args, Counter(), agent.hidden(batch)
     losses = {"critic": agent.critic_loss(batch)[0], "actor": agent.actor_loss(batch)}  # no step is taken with them
     for name, groups in agent.groups.items():
         optimizer = agent.optimizers[name]
-        fraction = topology.growth_fraction(alphas[name], step, args.growth_end or args.total_timesteps)
-        for layers, activations in zip(groups, [*hidden[name], []], strict=False):  # none of a trunk: tanh never dies
+        fraction = topology.growth_fraction(schedules[name][1], step, args.growth_end or args.total_timesteps)
+        for layers, activations in zip(groups, [[]] * args.sparse_trunk + hidden[name], strict=True):
             # Elastic neuron generation
             scores = torch.autograd.grad(losses[name], [layer.weight for layer in layers], retain_graph=True)
             if args.growth == "random":
@@ -433,8 +411,8 @@ def evaluate(agent: Agent, env: PixelEnv, episodes: int, seed: int, video: Path 
         returns.append(total)
     if video:
         video.parent.mkdir(exist_ok=True)
-        time_per_image = max(20, round(1000 * env.task.control_timestep() * env.args.action_repeat))  # milliseconds
-        images[0].save(video, save_all=True, append_images=images[1:], duration=time_per_image, loop=0)
+        milliseconds = max(20, round(1000 * env.task.control_timestep() * env.args.action_repeat))
+        images[0].save(video, save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
     return returns
 
 
@@ -467,13 +445,9 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def parse_args() -> tuple[Args, dict | None]:
-    """The arguments and, with --resume or --evaluate, the checkpoint. Raises: SystemExit(2) for what cannot be."""
+    """The arguments and, with --resume, the checkpoint. Raises: SystemExit(2) for what cannot be."""
     args, checkpoint = tyro.cli(Args), None
-    if args.evaluate is not None:
-        checkpoint = load_checkpoint(Path(args.evaluate))
-        asked = ("evaluate", "eval_episodes", "seed", "cuda")
-        args = Args(**checkpoint["run"]["args"] | {name: getattr(args, name) for name in asked})
-    elif args.resume is not None:
+    if args.resume is not None:
         checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt")
         stored = Args(**checkpoint["run"]["args"])
         args = tyro.cli(Args, default=stored)  # so whatever differs now was given on the command line
@@ -485,18 +459,15 @@ def parse_args() -> tuple[Args, dict | None]:
         for name in names.split():
             if (value := getattr(args, name)) is not None and not holds(value):
                 die(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
-    short = args.env_id == "walker_walk"
-    args.total_timesteps = args.total_timesteps or (1_100_000 if short else 3_100_000)
-    args.stddev_duration = args.stddev_duration or (100_000 if short else 500_000)
+    args.total_timesteps = args.total_timesteps or (1_100_000 if args.env_id == "walker_walk" else 3_100_000)
+    args.stddev_duration = args.stddev_duration or (100_000 if args.env_id == "walker_walk" else 500_000)
     start, whole = args.initial_density, ("total_timesteps", "eval_frequency", "grow_interval", "reset_interval")
     limits = [(name, getattr(args, name) % args.action_repeat == 0, "a multiple of --action-repeat") for name in whole]
-    least = max(args.batch_size, 2 * (args.n_step + args.frame_stack)), args.n_step * args.action_repeat
-    limits += [("buffer_size", args.buffer_size >= least[0], f"at least {least[0]} for such batches and windows")]
-    limits += [("learning_starts", args.learning_starts >= least[1], f"at least {least[1]} for such windows")]
-    limits += [("buffer_device", args.buffer_device == "cpu" or torch.cuda.is_available() and args.cuda, "cpu")]
+    least = max(args.batch_size, 2 * (args.n_step + args.frame_stack))
+    limits += [("buffer_size", args.buffer_size >= least, f"at least {least} for such batches and windows")]
+    limits += [("learning_starts", args.learning_starts >= (n := args.n_step * args.action_repeat), f"at least {n}")]
     for name in ("actor_final_density", "critic_final_density"):
-        solved = start < 1 and getattr(args, name.replace("final_density", "grow_rate")) is None
-        limits += [(name, not solved or start <= getattr(args, name) < 1, f"in [--initial-density ({start}), 1)")]
+        limits += [(name, start == 1 or start <= getattr(args, name) < 1, f"in [--initial-density ({start}), 1)")]
     for name, holds, allowed in limits:
         if not holds:
             die(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(args, name)}")
@@ -537,6 +508,7 @@ def main() -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default stream
+    torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # denormal numbers make long runs slow
     seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(4)]
     torch.manual_seed(seeds[0])  # initial weights
@@ -550,9 +522,6 @@ def main() -> None:
         agent.load_state_dict(checkpoint["agent"])
         topology.apply_masks(agent.online_layers, agent.target_layers)
         run = checkpoint["run"]
-    if args.evaluate:
-        returns = evaluate(agent, env, args.eval_episodes, args.seed)
-        return print(f"{args.env_id}, step {run['step']}: return {np.mean(returns):.1f}, std {np.std(returns):.1f}")
     if run["step"] == args.total_timesteps:
         return print(f"{args.resume} is finished, there is nothing to resume")
     buffer = ReplayBuffer(args, env.n_act, seeds[2], device)
@@ -567,13 +536,11 @@ def main() -> None:
         env.rng.set_state(task_state)
     run_dir, writer = open_run(args, checkpoint)
     eval_env = PixelEnv(args)
-    graphed = CudaGraph if device.type == "cuda" and args.cudagraphs else lambda update: update
+    graphed = topology.CudaGraph if device.type == "cuda" and args.cudagraphs else lambda update: update
     update_critic, update_actor = graphed(agent.update_critic), graphed(agent.update_actor)
     schedules = {name: topology.growth_schedule(args, name) for name in agent.layers}
-    rounds, alphas = schedules["critic"][0], {name: alpha for name, (_, alpha, _) in schedules.items()}
-    print(f"{args.env_id}, seed {args.seed}, {device}: {run_dir}\n{schedules['actor'][2]}\n{schedules['critic'][2]}")
+    print(f"{args.env_id}, seed {args.seed}, {device}: {run_dir}", *(plan for *_, plan in schedules.values()), sep="\n")
     print(f"{env.n_act} actions, {args.frame_stack} frames of {args.frame_size}x{args.frame_size}, {env.backend}")
-    print(f"replay buffer: {buffer.memory}")
     stops, hint = [], b"\nfinishing the episode in hand, then saving (once more: stop at once)\n"
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda n, _: os._exit(128 + n) if stops else stops.append(n) or os.write(2, hint))
@@ -635,8 +602,8 @@ def main() -> None:
         buffer.add(obs, action, reward, discount)
         episodic_return, episodic_length = episodic_return + reward, episodic_length + args.action_repeat
         # topology
-        if step in rounds:
-            for key, count in topology_round(agent, buffer.sample(rng=agent.ne_rng), step, alphas).items():
+        if step in schedules["critic"][0]:
+            for key, count in topology_round(agent, buffer.sample(rng=agent.ne_rng), step, schedules).items():
                 run["counts"][key] += count
         if args.reset_interval and step % args.reset_interval == 0 and step < args.total_timesteps:
             topology.reset(agent.mlps, agent.head_targets, agent.optimizers, agent.ne_rng)
@@ -653,8 +620,7 @@ def main() -> None:
             row["ne/review_share"] = run["reviewed"] / max(run["updates"], 1)
             log({key: value for key, value in row.items() if key.startswith(("eval/", "ne/", "losses/"))})
             log({"losses/actor_loss": actor_loss, "charts/SPS": (step - first_step) / (time.time() - start)})
-            status = f"density {row['ne/actor/density']:.0%} actor, {row['ne/critic/density']:.0%} critics"
-            print(f"step {step:,}: return {np.mean(returns):.0f} +- {np.std(returns):.0f}, {status}")
+            print(*(f"{key} {row[key]:.7g}" for key in row if key.endswith(("step", "mean", "density"))), sep=", ")
             with open(run_dir / "results.csv", "a", newline="") as file:
                 csv.writer(file).writerows([row.values()] if file.tell() else [row.keys(), row.values()])
                 run["returns"], run["results_bytes"] = [], file.tell()
@@ -673,7 +639,6 @@ def main() -> None:
 
     save(finished=True)
     writer.close()
-    print(f"return {row['eval/return_mean']:.1f} +- {row['eval/return_std']:.1f} after {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

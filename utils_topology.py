@@ -208,6 +208,23 @@ def masked_step(optimizer: torch.optim.Adam, layers: list, gradients: tuple[torc
             layer.weight.clamp_(-layer.bound, layer.bound)
 
 
+class CudaGraph:
+    """Captures an update once and replays it. `batch` must be the same tensors at every call."""
+
+    def __init__(self, update):
+        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls <= 3:  # plain updates: the warm-up that a capture needs
+            return self.update(batch)
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):  # records without running
+                self.losses = self.update(batch)
+        self.graph.replay()
+        return self.losses
+
+
 # --- grow, prune, reset ----------------------------------------------------------------------------------------------
 @torch.no_grad()
 def grow_mask(mask: torch.Tensor, score: torch.Tensor, count: int) -> torch.Tensor:

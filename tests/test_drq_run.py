@@ -68,18 +68,15 @@ def test_a_run_leaves_rows_a_checkpoint_and_videos(whole):
 
 def test_a_killed_run_resumes_exactly(whole, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    code, _, err = finish(launch(f"{SMALL} --run-dir {folder}", FAKE + KILL, script=SCRIPT))
+    code, _, err = finish(launch(f"{SMALL} --capture-video --run-dir {folder}", FAKE + KILL, script=SCRIPT))
     assert code == -9, err
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["run"]["step"] == 240
     assert len(rows(folder)) == 2
-    run(monkeypatch, f"--resume {folder} --capture-video")
+    run(monkeypatch, f"--resume {folder}")
     assert_equal_runs(whole, folder)
 
 
-def test_a_checkpoint_can_be_evaluated_and_a_finished_run_is_left_alone(whole, monkeypatch, capsys):
-    run(monkeypatch, f"--evaluate {whole / 'checkpoint.pt'} --eval-episodes 2")
-    expected = f"walker_walk, step 400: return {float(rows(whole)[-1]['eval/return_mean']):.1f}"
-    assert expected in capsys.readouterr().out  # the same episodes as the last evaluation of the run
+def test_a_finished_run_is_left_alone(whole, monkeypatch, capsys):
     run(monkeypatch, f"--resume {whole}")
     assert "is finished" in capsys.readouterr().out
 
@@ -96,9 +93,8 @@ def test_a_checkpoint_can_be_evaluated_and_a_finished_run_is_left_alone(whole, m
         ("--learning-starts 5", "at least 6"),
         ("--stddev 1.0 -0.1", "two numbers of at least 0"),
         ("--actor-final-density 0.2", "in [--initial-density (0.25), 1), got 0.2"),
-        ("--critic-grow-rate 2", "in [0, 1]"),
+        ("--critic-grow-rate 2", "in [0, 1], got 2.0"),
         ("--prune-ratio 1", "in [0, 1)"),
-        ("--buffer-device cuda --no-cuda", "must be cpu"),
         ("--buffer-size 1000000000", "--buffer-size must be at most"),
     ],
 )
@@ -123,7 +119,8 @@ def test_a_missing_gl_library_is_one_line_that_names_the_package(monkeypatch, ca
 
     monkeypatch.undo()
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if not k.startswith("dm_control")})
+    for name in [name for name in sys.modules if name.startswith("dm_control")]:
+        monkeypatch.delitem(sys.modules, name)
     for backend, package in (("egl", "apt-get install libegl1 libgl1"), ("osmesa", "apt-get install libosmesa6")):
         monkeypatch.setenv("MUJOCO_GL", backend)
         code, err = in_process(monkeypatch, capsys, f"{SIZES} --run-dir {tmp_path / 'run'}", ne)
@@ -147,7 +144,7 @@ def test_the_real_walker_is_rendered_and_a_killed_run_resumes_exactly(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, out, err = finish(launch(f"{REAL} --run-dir {whole}", SHORT_EPISODES, script=SCRIPT))
     assert code == 0, err
-    assert "6 actions, 3 frames of 16x16, " in out and "replay buffer: 0.00 GiB on cpu of" in out
+    assert "6 actions, 3 frames of 16x16, " in out and "replay buffer: 60 frames, 0.00 GiB on cpu" in out
     frames = torch.load(whole / "checkpoint.pt", weights_only=True)["agent"]
     assert all(torch.isfinite(value).all() for key, value in frames.items() if key.endswith("weight"))
     kill = KILL.replace("150", "30")  # after the checkpoint of frame 40

@@ -272,12 +272,10 @@ class Network(nn.Module):
         self.heads = nn.ModuleList(topology.MaskedMLP(sizes, args.layer_norm) for _ in range(heads))
         self.masked = [layer for layer in self.modules() if isinstance(layer, topology.MaskedLinear)]
 
-    def forward(self, features: torch.Tensor, *actions: torch.Tensor) -> list[torch.Tensor]:
-        """(B, features), (B, act) if any -> [(B, out), ...] of the heads."""
-        return [head(torch.cat((self.trunk(features), *actions), dim=1)) for head in self.heads]
-
-    def hidden(self, features: torch.Tensor, *actions: torch.Tensor) -> list[list[torch.Tensor]]:
-        return [head.activations(torch.cat((self.trunk(features), *actions), dim=1)) for head in self.heads]
+    def forward(self, features: torch.Tensor, *actions: torch.Tensor, method: str = "forward") -> list:
+        """(B, features), (B, act) if any -> [(B, out), ...] of the heads, or what another method of theirs returns."""
+        x = torch.cat((self.trunk(features), *actions), dim=1)  # (B, trunk + act)
+        return [getattr(head, method)(x) for head in self.heads]
 
 
 class Agent(nn.Module):
@@ -361,7 +359,8 @@ class Agent(nn.Module):
     def hidden(self, batch: Batch) -> dict[str, list[list[torch.Tensor]]]:
         """Activations [(B, n), ...] of the hidden layers, for each MLP of each network."""
         features = self.encode(batch.obs, batch.shifts[:, 0])
-        return {"actor": self.actor.hidden(features), "critic": self.critic.hidden(features, batch.actions)}
+        inputs, method = {"actor": (features,), "critic": (features, batch.actions)}, "activations"
+        return {name: getattr(self, name)(*x, method=method) for name, x in inputs.items()}
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:  # (C, H, W) uint8 -> (act,)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import tyro
 
+import ne_drq_dmc as drq
 import ne_td3_continuous as ne
 import td3_continuous as td3
 import utils_topology as topology
@@ -19,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GUIDE = (ROOT / "docs" / "ne_td3.md").read_text()
 BASELINES = (ROOT / "docs" / "baselines.md").read_text()
 SCRIPT = Path(ne.__file__).read_text()
-ARGS = {"ne_td3_continuous.py": ne.Args, "baselines/td3_continuous.py": td3.Args}
+ARGS = {"ne_td3_continuous.py": ne.Args, "baselines/td3_continuous.py": td3.Args, "ne_drq_dmc.py": drq.Args}
 
 # [`file.py:12`](../file.py#L12) `fragment of that line`
 LINK = re.compile(r"\[`?([\w/.]+\.py):(\d+)`?\]\(([\w/.]+\.py)#L(\d+)\)\s+`([^`\n]+)`")
@@ -117,6 +118,20 @@ def test_the_page_of_the_baselines_has_a_row_for_each_flag_of_theirs_alone():
     assert set(documented) == {"--" + name.replace("_", "-") for name in own} and len(own) == 6
     for name, default in own.items():
         assert says(documented["--" + name.replace("_", "-")], default), name
+
+
+def test_the_page_of_drq_has_a_row_for_each_flag_that_differs():
+    text = (ROOT / "docs" / "ne_drq_dmc.md").read_text()
+    documented = {
+        in_backticks(row[0])[0]: row[1] for row in rows(text[text.index("## Hyper") :]) if in_backticks(row[0])
+    }
+    shared = {field.name: field.default for field in dataclasses.fields(ne.Args)}
+    fields = {field.name: field.default for field in dataclasses.fields(drq.Args)}
+    differ = {name: default for name, default in fields.items() if name not in shared or shared[name] != default}
+    assert len(differ) > 25
+    for name, default in differ.items():
+        assert says(documented.pop("--" + name.replace("_", "-")), default), name
+    assert set(documented) <= {"--" + name.replace("_", "-") for name in fields}
 
 
 def commands(text: str) -> list[tuple[str, str]]:

@@ -55,7 +55,8 @@ def test_a_run_leaves_rows_a_checkpoint_and_videos(whole):
     assert [int(row["step"]) for row in results] == [100, 200, 300, 400]
     for name, final in (("actor", 0.75), ("critic", 0.95)):
         density = [float(row[f"ne/{name}/density"]) for row in results]
-        assert density == sorted(density) and density[-1] == pytest.approx(final, abs=0.06)
+        assert density == sorted(density) and 0.25 < density[0] < density[-1]
+        assert final - 0.25 < density[-1] < final + 0.05  # less what was pruned
         assert int(results[-1][f"ne/{name}/grown"]) > 0
     assert all(0 < float(row["eval/return_mean"]) < 40 for row in results)  # 40 rewards of at most 1 in an episode
     content = torch.load(whole / "checkpoint.pt", weights_only=True)
@@ -128,32 +129,33 @@ def test_a_missing_gl_library_is_one_line_that_names_the_package(monkeypatch, ca
         assert_one_line(err, package, f"MUJOCO_GL={backend}", "eglQueryString")
 
 
-REAL = SIZES + "--env-id walker_walk --total-timesteps 80 --learning-starts 30 --grow-interval 20 --eval-frequency 40 "
-REAL += "--checkpoint-frequency 20"
+# Episodes of 8 steps, 8 frames of the run; checkpoints at the end of each; killed in the fourth episode.
+REAL = SIZES + "--env-id walker_walk --total-timesteps 48 --learning-starts 12 --grow-interval 8 --eval-frequency 24 "
+REAL += "--checkpoint-frequency 8"
 SHORT_EPISODES = """
-load = ne.load_task
-def short(env_id, rng):
+def short(env_id, rng, load=ne.load_task):
     task, backend = load(env_id, rng)
-    task._step_limit = 20
+    task._step_limit = 8
     return task, backend
 ne.load_task = short
 """
 
 
-def test_the_real_walker_is_rendered_and_a_killed_run_resumes_exactly(tmp_path):
+def test_the_real_walker_is_rendered_and_a_killed_run_resumes_exactly(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.setattr(ne, "load_task", ne.load_task)  # to be put back
+    exec(SHORT_EPISODES, {"ne": ne})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, out, err = finish(launch(f"{REAL} --run-dir {whole}", SHORT_EPISODES, script=SCRIPT))
-    assert code == 0, err
+    run(monkeypatch, f"{REAL} --run-dir {whole}")
+    out = capsys.readouterr().out
     assert "6 actions, 3 frames of 16x16, " in out and "replay buffer: 60 frames, 0.00 GiB on cpu" in out
-    frames = torch.load(whole / "checkpoint.pt", weights_only=True)["agent"]
-    assert all(torch.isfinite(value).all() for key, value in frames.items() if key.endswith("weight"))
-    kill = KILL.replace("150", "30")  # after the checkpoint of frame 40
+    assert len(rows(whole)) == 2 and all(0 <= float(row["eval/return_mean"]) < 8 for row in rows(whole))
+    kill = KILL.replace("150", "18")
     code, _, err = finish(launch(f"{REAL} --run-dir {killed}", SHORT_EPISODES + kill, script=SCRIPT))
     assert code == -9, err
-    buffer = torch.load(killed / "checkpoint.pt", weights_only=True)["buffer"]["frames"]
-    assert buffer.shape == (22, 3, 16, 16) and buffer.float().std() > 10 and len(buffer.unique(dim=0)) > 10
-    code, _, err = finish(launch(f"--resume {killed}", SHORT_EPISODES, script=SCRIPT))
-    assert code == 0, err
+    frames = torch.load(killed / "checkpoint.pt", weights_only=True)["buffer"]["frames"]
+    assert frames.shape == (15, 3, 16, 16) and frames.float().std() > 10 and len(frames.unique(dim=0)) > 9
+    run(monkeypatch, f"--resume {killed}")
     assert_equal_runs(whole, killed)
 
 

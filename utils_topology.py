@@ -9,6 +9,8 @@ import math
 from collections import Counter
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 
 def erdos_renyi_densities(shapes: list[tuple[int, int]], density: float) -> list[float]:
@@ -82,23 +84,74 @@ def network_density(layers: list) -> float:
     return sum(int(layer.mask.sum()) for layer in layers) / sum(layer.mask.numel() for layer in layers)
 
 
+# --- networks with masks ----------------------------------------------------------------------------------------------
+class MaskedLinear(nn.Linear):
+    """A linear layer whose weight (out, in) is exactly 0 wherever the boolean mask (out, in) is False.
+
+    `forward` ignores the mask, so autograd gives the dense gradient, which growth looks at; the optimiser's step then
+    multiplies it by `keep`. `bound` (out, in) limits |weight|: infinite, except for neurons that were reset.
+    """
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out)
+        self.initial_density, self.clipped = 1.0, False
+        self.register_buffer("mask", torch.ones(n_out, n_in, dtype=torch.bool))
+        self.register_buffer("keep", torch.ones(n_out, n_in))  # the mask as floats: 8 times faster to multiply by
+        self.register_buffer("bound", torch.full((n_out, n_in), math.inf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, in) -> (B, out); compiled, bias and ReLU share a loop
+        return x @ self.weight.t() + self.bias if torch.compiler.is_compiling() else super().forward(x)
+
+
+class MaskedMLP(nn.Module):
+    """Hidden layers (masked linear, LayerNorm if asked for, ReLU) and a masked linear output."""
+
+    def __init__(self, sizes: list[int], layer_norm: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(MaskedLinear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False))
+        self.norms = nn.ModuleList(nn.LayerNorm(n) if layer_norm else nn.Identity() for n in sizes[1:-1])
+
+    def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """(B, sizes[0]) -> [(B, n), ...] of the hidden layers."""
+        hidden = []
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            x = F.relu(norm(layer(x)), inplace=True)
+            hidden.append(x)
+        return hidden
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[-1](self.activations(x)[-1])  # (B, sizes[-1])
+
+
+@torch.no_grad()
+def orthogonal(module: nn.Module) -> None:
+    """Initialises a convolution or a linear layer as DrQ-v2 does. What is drawn for it later is likewise."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.orthogonal_(module.weight, gain=math.sqrt(2) if isinstance(module, nn.Conv2d) else 1.0)
+        module.bias.zero_()
+        module.orthogonal = True
+
+
 # --- the growth schedule ---------------------------------------------------------------------------------------------
-def growth_schedule(args) -> tuple[range, float, str]:
+def growth_schedule(args, network: str | None = None) -> tuple[range, float, str]:
     """The environment steps of the rounds, alpha, and one line that says what density they will reach.
 
     Rounds come every `grow_interval` steps, after the first update and before the cosine is 0 at T_end. alpha is
-    `grow_rate` or, where that is None, what takes `initial_density` to `final_density` in these rounds.
+    `grow_rate` or, where that is None, what takes `initial_density` to `final_density` in these rounds; for one
+    network, "actor" or "critic", `{network}_grow_rate` and `{network}_final_density`.
     """
+    rate, final_density = (f"{network}_{name}" if network else name for name in ("grow_rate", "final_density"))
     growth_end = args.growth_end or args.total_timesteps
     first = (args.learning_starts // args.grow_interval + 1) * args.grow_interval
     rounds = range(first, growth_end, args.grow_interval)
     start = args.initial_density
-    networks = " and ".join(n for n, on in (("actor", args.ne_actor), ("critics", args.ne_critic)) if on)
+    on = {"actor": args.ne_actor and network != "critic", "critics": args.ne_critic and network != "actor"}
+    networks = " and ".join(name for name in on if on[name])
     if start == 1 or not networks:
         return rounds, 0.0, "topology: dense, nothing to grow"
-    alpha = args.grow_rate
+    alpha = getattr(args, rate)
     if alpha is None:
-        alpha = solve_growth_rate(start, args.final_density, len(rounds))
+        alpha = solve_growth_rate(start, getattr(args, final_density), len(rounds))
     if args.growth == "none" or not rounds:
         return rounds, 0.0, f"topology: {networks} stay at {start:.0%}, nothing grows"
     rounds = range(first, min(growth_end, args.total_timesteps + 1), args.grow_interval)  # T_end may be after the run
@@ -143,7 +196,8 @@ def masked_step(optimizer: torch.optim.Adam, layers: list, gradients: tuple[torc
     in place. This calls the kernel of `torch.optim.Adam.step` without the bookkeeping around it, which takes longer on
     a CPU than the arithmetic.
     """
-    torch._foreach_mul_([g for g in gradients if g.dim() == 2], [layer.keep for layer in layers])
+    if layers:
+        torch._foreach_mul_([g for g in gradients if g.dim() == 2], [layer.keep for layer in layers])
     group = optimizer.param_groups[0]
     states = [optimizer.state[p] for p in group["params"]]
     means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
@@ -153,6 +207,23 @@ def masked_step(optimizer: torch.optim.Adam, layers: list, gradients: tuple[torc
     for layer in layers:
         if layer.clipped:
             layer.weight.clamp_(-layer.bound, layer.bound)
+
+
+class CudaGraph:
+    """Captures an update once and replays it. `batch` must be the same tensors at every call."""
+
+    def __init__(self, update):
+        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls <= 3:  # plain updates: the warm-up that a capture needs
+            return self.update(batch)
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):  # records without running
+                self.losses = self.update(batch)
+        self.graph.replay()
+        return self.losses
 
 
 # --- grow, prune, reset ----------------------------------------------------------------------------------------------
@@ -265,14 +336,31 @@ def prune(layers: list, hidden: list[torch.Tensor], budget: int, optimizer: torc
 
 @torch.no_grad()
 def redraw_neuron(incoming, neuron: int, optimizer: torch.optim.Adam, rng: torch.Generator) -> None:
-    """Draws a neuron's bias and active incoming weights from the initialiser of `nn.Linear`, U(-1, 1) / sqrt(in)."""
-    n_in = incoming.in_features
-    values = (2 * torch.rand(n_in + 1, generator=rng) - 1) / math.sqrt(n_in)  # (in + 1,)
-    values = values.to(incoming.weight.device)
-    incoming.weight[neuron] = values[:n_in] * incoming.mask[neuron]
-    incoming.bias[neuron] = values[n_in]
+    """Draws a neuron's bias and active incoming weights from the layer's initialiser."""
+    values = initial_values(incoming, 1, rng)[0]  # (in + 1,)
+    incoming.weight[neuron] = values[:-1] * incoming.mask[neuron]
+    incoming.bias[neuron] = values[-1]
     zero_moments(optimizer, incoming.weight, neuron)
     zero_moments(optimizer, incoming.bias, neuron)
+
+
+def initial_values(layer, rows: int, rng: torch.Generator) -> torch.Tensor:
+    """Weights and, in the last column, biases of so many neurons at birth: (rows, in + 1).
+
+    As `nn.Linear` draws them, U(-1, 1) / sqrt(in), or, where `layer.orthogonal` is set, rows of an orthogonal matrix
+    (out, in) and 0. A single row of such a matrix is a random direction of length sqrt(min(1, in / out)).
+    """
+    n_out, n_in = layer.weight.shape
+    if getattr(layer, "orthogonal", False):
+        values = torch.zeros(rows, n_in + 1)
+        if rows == n_out:
+            nn.init.orthogonal_(values[:, :-1], generator=rng)
+        else:
+            directions = F.normalize(torch.randn(rows, n_in, generator=rng), dim=1)
+            values[:, :-1] = directions * math.sqrt(min(1.0, n_in / n_out))
+    else:
+        values = (2 * torch.rand(rows, n_in + 1, generator=rng) - 1) / math.sqrt(n_in)
+    return values.to(layer.weight.device)
 
 
 @torch.no_grad()
@@ -321,48 +409,30 @@ def redo(mlps: dict, hidden: dict, tau: float, optimizers: dict, rng: torch.Gene
 
 @torch.no_grad()
 def reset(mlps: dict, targets: list[torch.Tensor], optimizers: dict, rng: torch.Generator) -> None:
-    """Reset (Nikishin et al. 2022) inside the masks: networks, targets and optimisers start anew; the masks stay.
+    """Reset (Nikishin et al. 2022) inside the masks: MLPs, their targets and Adam's state start anew; the masks stay.
 
     Args:
         mlps: {network: MLPs}, each with `layers` and `norms`.
         targets: parameters of the target networks, in the order of those of `mlps`.
-        optimizers: {network: Adam}.
+        optimizers: {network: Adam}. Of a network that is more than its MLPs, the rest keeps weights and state.
         rng: CPU generator of the draws.
     """
     online = [mlp for name in mlps for mlp in mlps[name]]
     for layer in (layer for mlp in online for layer in mlp.layers):
-        values = (2 * torch.rand(layer.out_features, layer.in_features + 1, generator=rng) - 1).to(layer.weight.device)
-        values /= math.sqrt(layer.in_features)  # (out, in + 1), the initialiser of `nn.Linear`
+        values = initial_values(layer, layer.out_features, rng)  # (out, in + 1)
         layer.weight.copy_(values[:, :-1])
         layer.bias.copy_(values[:, -1])
         layer.bound.fill_(math.inf)
         apply_mask(layer)
-    for norm in (norm for mlp in online for norm in mlp.norms if isinstance(norm, torch.nn.LayerNorm)):
+    for norm in (norm for mlp in online for norm in mlp.norms if isinstance(norm, nn.LayerNorm)):
         norm.reset_parameters()
     torch._foreach_copy_(targets, [p for mlp in online for p in mlp.parameters()])
-    for moments in (state.values() for optimizer in optimizers.values() for state in optimizer.state.values()):
-        torch._foreach_zero_([*moments])
+    for name in mlps:
+        for p in (p for mlp in mlps[name] for p in mlp.parameters()):
+            torch._foreach_zero_([*optimizers[name].state[p].values()])
 
 
-# --- layer, plan and round of ne_td3_continual.py, which has no room for them ----------------------------------------
-class MaskedLinear(torch.nn.Linear):
-    """A linear layer whose weight (out, in) is exactly 0 wherever the boolean mask (out, in) is False.
-
-    `forward` ignores the mask, so autograd gives the dense gradient, which growth looks at; the optimiser's step then
-    multiplies it by `keep`. `bound` (out, in) limits |weight|: infinite, except for neurons that were reset.
-    """
-
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out)
-        self.initial_density, self.clipped = 1.0, False
-        self.register_buffer("mask", torch.ones(n_out, n_in, dtype=torch.bool))
-        self.register_buffer("keep", torch.ones(n_out, n_in))  # the mask as floats: 8 times faster to multiply by
-        self.register_buffer("bound", torch.full((n_out, n_in), math.inf))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, in) -> (B, out); compiled, bias and ReLU share a loop
-        return x @ self.weight.t() + self.bias if torch.compiler.is_compiling() else super().forward(x)
-
-
+# --- plan and round of ne_td3_continual.py, which has no room for them ------------------------------------------------
 def planned_densities(args, rounds: range, alpha: float, tasks: tuple[str, ...]) -> str:
     """A line, or "" where nothing grows: densities at the start of equally long tasks, less what is pruned."""
     growth_end, plan = args.growth_end or args.total_timesteps, []

@@ -10,6 +10,7 @@ import pytest
 import torch
 import tyro
 
+import ne_drq_dmc as drq
 import ne_td3_continual as continual
 import ne_td3_continuous as ne
 import td3_continual
@@ -22,7 +23,7 @@ GUIDE = (ROOT / "docs" / "ne_td3.md").read_text()
 BASELINES = (ROOT / "docs" / "baselines.md").read_text()
 SCRIPT = Path(ne.__file__).read_text()
 CONTINUAL = (ROOT / "docs" / "ne_td3_continual.md").read_text()
-SCRIPTS = {Path(s.__file__).relative_to(ROOT).as_posix(): s for s in (ne, continual, td3, td3_continual)}
+SCRIPTS = {Path(s.__file__).relative_to(ROOT).as_posix(): s for s in (ne, continual, drq, td3, td3_continual)}
 
 # [`file.py:12`](../file.py#L12) `fragment of that line`
 LINK = re.compile(r"\[`?([\w/.]+\.py):(\d+)`?\]\(([\w/.]+\.py)#L(\d+)\)\s+`([^`\n]+)`")
@@ -150,9 +151,23 @@ def test_the_table_of_the_continual_scripts_has_no_other_flags():
     assert set(in_backticks(left_out)) == {"--" + name.replace("_", "-") for name in gone}
 
 
+def test_the_page_of_drq_has_a_row_for_each_flag_that_differs():
+    text = (ROOT / "docs" / "ne_drq_dmc.md").read_text()
+    documented = {
+        in_backticks(row[0])[0]: row[1] for row in rows(text[text.index("## Hyper") :]) if in_backticks(row[0])
+    }
+    shared = {field.name: field.default for field in dataclasses.fields(ne.Args)}
+    fields = {field.name: field.default for field in dataclasses.fields(drq.Args)}
+    differ = {name: default for name, default in fields.items() if name not in shared or shared[name] != default}
+    assert len(differ) > 20
+    for name, default in differ.items():
+        assert says(documented.pop("--" + name.replace("_", "-")), default), name
+    assert set(documented) <= {"--" + name.replace("_", "-") for name in fields}
+
+
 def commands(text: str) -> list[tuple[str, str]]:
     """Script and arguments of all calls of the training scripts, in code blocks and between backticks."""
-    return re.findall(r"python ((?:baselines/)?\w*td3_\w+\.py)([^`#\n]*)", text)
+    return re.findall(r"python ((?:baselines/)?\w*(?:td3|drq)_\w+\.py)([^`#\n]*)", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

@@ -26,6 +26,15 @@ NE_WORDS = (
 )
 
 
+# script, the one it repeats, and passages that are the same line for line, given words of the script being replaced
+REPEATED = [
+    ("ne_drq_dmc.py", "die review_threshold save_checkpoint load_checkpoint open_run __main__", {}),
+    ("utils_topology.py", "MaskedLinear MaskedLinear.__init__ MaskedLinear.forward CudaGraph.__init__", {}),
+    ("utils_topology.py", "MLP MLP.__init__ MLP.activations MLP.forward CudaGraph", {"MaskedMLP": "MLP"}),
+    ("utils_topology.py", "CudaGraph.__call__", {"(self, batch)": "(self, batch: Batch)"}),
+]
+
+
 def passages(script: str) -> dict[str, list[str]]:
     """{name: lines} of every constant, function, class (without its methods) and method of a script."""
     lines = (ROOT / script).read_text().splitlines()
@@ -71,7 +80,17 @@ def test_other_passages_differ_by_the_algorithm_only(script, original, different
     assert not stray, "\n".join(stray)
 
 
-SCRIPTS = ["ne_td3_continuous.py", "ne_td3_continual.py", "utils_topology.py"]
+@pytest.mark.parametrize(("script", "names", "words"), REPEATED, ids=[names for _, names, _ in REPEATED])
+def test_what_pixels_do_not_change_is_repeated(script, names, words):
+    ours, theirs = passages(script), passages("ne_td3_continuous.py")
+    words = {"ne_drq_dmc 1": "ne_td3_continuous 1"} | words
+    for old, new in words.items():
+        ours = {name.replace(old, new): [line.replace(old, new) for line in lines] for name, lines in ours.items()}
+    for name in names.split():
+        assert ours[name] == theirs[name], name
+
+
+SCRIPTS = ["ne_td3_continuous.py", "ne_td3_continual.py", "ne_drq_dmc.py", "utils_topology.py"]
 SCRIPTS += ["baselines/td3_continuous.py", "baselines/td3_continual.py"]
 
 

@@ -163,7 +163,7 @@ class PixelEnv:
             total, discount = total + discount * reward, discount * step_discount
             if moment.last():
                 break
-        return self.observe(), total, discount, moment.last()
+        return self.observe(), float(total), float(discount), moment.last()
 
 
 class Batch(NamedTuple):

@@ -24,7 +24,10 @@ class FakeTask:
         self.steps += 1
         self.position = (self.position + 0.1 * np.asarray(action)).clip(-1, 1)
         last = self.steps == self.length
-        reward, discount = 1 - float(np.abs(self.position).mean()), self.ends if last else 1.0
+        reward, discount = (
+            1 - np.abs(self.position).mean(),
+            self.ends if last else 1.0,
+        )  # a NumPy scalar, as dm_control has
         return TimeStep(StepType.LAST if last else StepType.MID, reward, discount, None)
 
     def render(self, height: int, width: int, camera_id: int) -> np.ndarray:

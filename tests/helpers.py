@@ -1,8 +1,9 @@
-"""Running the scripts as their users do, and comparing what they leave behind."""
+"""Running the scripts as their users do and comparing what they leave behind; small agents; what all refuse."""
 
 import csv
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,13 @@ def rows(folder: Path) -> list[dict]:
 
 
 def assert_equal_runs(run: Path, other: Path) -> None:
-    """Bit-identical results.csv and final checkpoint, but for the flags that name the folder."""
+    """Bit-identical results.csv and final checkpoint, but for what says where and when checkpoints were written."""
     assert (run / "results.csv").read_bytes() == (other / "results.csv").read_bytes()
     one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run, other))
     for content in (one, two):
-        content["run"]["args"].pop("run_dir")
         content["run"].pop("saved")
+        for name in ("run_dir", "checkpoint_frequency"):
+            content["run"]["args"].pop(name)
     assert_equal(one, two)
 
 
@@ -79,16 +81,6 @@ def assert_equal(one, two) -> None:
 
 
 # --- set-ups that kill a run ------------------------------------------------------------------------------------------
-KILL_IN_TRAINING = """
-add, calls = ne.ReplayBuffer.add, []
-def add_and_die(*args):
-    calls.append(None)
-    if len(calls) == 1730:
-        os.kill(os.getpid(), signal.SIGKILL)
-    add(*args)
-ne.ReplayBuffer.add = add_and_die
-"""
-KILL_EARLIER = KILL_IN_TRAINING.replace("1730", "930")
 KILL_IN_SAVING = """
 fsync, calls = os.fsync, []
 def fsync_and_die(descriptor):
@@ -99,3 +91,99 @@ def fsync_and_die(descriptor):
     fsync(descriptor)
 os.fsync = fsync_and_die
 """
+
+
+def kill_at(addition: int) -> str:
+    """A set-up with which a run is killed while it stores that transition, counted from 1."""
+    return f"""
+add, calls = ne.ReplayBuffer.add, []
+def add_and_die(*args):
+    calls.append(None)
+    if len(calls) == {addition}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(*args)
+ne.ReplayBuffer.add = add_and_die
+"""
+
+
+# --- agents -----------------------------------------------------------------------------------------------------------
+def make_agent(module=ne, device: torch.device | str = "cpu", **changes):
+    """A small TD3 agent of a script (4 observations, 2 actions) and a buffer with 500 random transitions."""
+    options = {"actor_hidden": (32, 24), "critic_hidden": (32, 24), "batch_size": 64, "total_timesteps": 1_000}
+    args, device = module.Args(**options | changes), torch.device(device)
+    torch.manual_seed(0)
+    agent = module.Agent(args, 4, 2, *([1] if module is ne else []), device=device)
+    buffer = module.ReplayBuffer(500, 4, 2, args.batch_size, seed=2, device=device)
+    buffer.data.copy_(torch.randn(500, 12, generator=torch.Generator().manual_seed(3)))
+    buffer.data[:, 4:6].clamp_(-1, 1)
+    buffer.data[:, 11] = (buffer.data[:, 11] > 1).float()
+    buffer.size = 500
+    return agent, buffer
+
+
+def train(agent, buffer, updates: int, topology_round=None, rounds: int = 0) -> dict:
+    """`updates` updates, the actor's at every second one, with `rounds` topology rounds evenly among them.
+
+    `topology_round(agent, batch, update)` returns what it changed; returned is the sum over all rounds.
+    """
+    counts = Counter()
+    for update in range(1, updates + 1):
+        batch = buffer.sample()
+        agent.update_critic(batch)
+        if update % 2 == 0:
+            agent.update_actor(batch)
+        if rounds and update % (updates // rounds) == 0:
+            counts.update(topology_round(agent, buffer.sample(rng=agent.ne_rng), update))
+    return dict(counts)
+
+
+def assert_updates_read_no_values(agent, batch, reads: str) -> None:
+    """What a capture needs, seen on tensors without values: reading one raises, so does one from elsewhere."""
+    losses = [*agent.update_critic(batch), agent.update_actor(batch)]
+    assert [loss.device.type for loss in losses] == ["meta"] * 3
+    with pytest.raises(RuntimeError):
+        losses[0].item()
+    elsewhere = torch.zeros(getattr(batch, reads).shape, device="cpu")
+    with pytest.raises(RuntimeError, match="device"):
+        agent.update_critic(batch._replace(**{reads: elsewhere}))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+# (flags, what the message says)
+REFUSED_TD3 = [
+    ("--eval-frequency 0", "at least 1"),
+    ("--eval-episodes 0", "at least 1"),
+    ("--checkpoint-frequency 0", "at least 1"),
+    ("--policy-frequency 0", "at least 1"),
+    ("--learning-starts -1", "at least 1"),
+    ("--seed -1", "at least 0"),
+    ("--gamma 1.1", "in [0, 1]"),
+    ("--tau -0.1", "in [0, 1]"),
+    ("--learning-rate 0", "in (0, 1]"),
+    ("--policy-noise -0.1", "at least 0"),
+    ("--torch-threads 0", "at least 1"),
+    ("--buffer-size 0", "at least 1"),
+    ("--batch-size 500 --buffer-size 400", "--batch-size must be at most --buffer-size (400), got 500"),
+    ("--actor-hidden 32 0", "at least 1"),
+    ("--buffer-size 1000000000000000", "fit in memory"),
+]
+REFUSED_NE = [
+    ("--initial-density 0", "in (0, 1], got 0.0"),
+    ("--initial-density 0.97", "--final-density must be in [--initial-density (0.97), 1), got 0.95"),
+    ("--prune-ratio 1", "in [0, 1)"),
+    ("--grow-rate -1", "in [0, 1]"),
+    ("--grow-interval 0", "at least 1, got 0"),
+    ("--growth-end 0", "at least 1"),
+    ("--review-interval 0", "at least 1"),
+    ("--review-fraction 0", "in (0, 1]"),
+    ("--review-floor 2", "in [0, 1]"),
+    ("--review-tau -1", "at least 0"),
+    ("--weight-clip -1", "at least 0"),
+]
+
+
+def assert_refused(monkeypatch, capsys, arguments: str, words: str, flags: str = "", module=ne, code: int = 2) -> None:
+    """Refuses `arguments` in one line that says `words` and, where `flags` are given, names the first of them."""
+    returned, err = in_process(monkeypatch, capsys, f"{arguments} {flags}", module)
+    assert returned == code
+    assert_one_line(err, words, words.split()[0] if words.startswith("--") else (flags.split() or [""])[0])

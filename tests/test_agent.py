@@ -9,40 +9,22 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import helpers
 import ne_td3_continuous as ne
 import utils_topology as topology
+from helpers import make_agent
 
 CPU = torch.device("cpu")
 
 
-def make_agent(device: torch.device = CPU, **changes) -> tuple[ne.Agent, ne.ReplayBuffer]:
-    """A small agent (4 observations, 2 actions) and a buffer with 500 random transitions."""
-    options = {"actor_hidden": (32, 24), "critic_hidden": (32, 24), "batch_size": 64, "total_timesteps": 1_000}
-    args = ne.Args(**options | changes)
-    torch.manual_seed(0)
-    agent = ne.Agent(args, 4, 2, ne_seed=1, device=device)
-    buffer = ne.ReplayBuffer(500, 4, 2, args.batch_size, seed=2, device=device)
-    rng = torch.Generator().manual_seed(3)
-    buffer.data.copy_(torch.randn(500, 12, generator=rng))
-    buffer.data[:, 4:6].clamp_(-1, 1)
-    buffer.data[:, 11] = (buffer.data[:, 11] > 1).float()
-    buffer.size = 500
-    return agent, buffer
-
-
 def train(agent: ne.Agent, buffer: ne.ReplayBuffer, updates: int, rounds: int = 0, alpha: float = 0.3) -> dict:
-    """`updates` updates with a topology round after every updates // rounds of them. Returns connections changed."""
-    counts = {}
-    for update in range(1, updates + 1):
-        batch = buffer.sample()
-        agent.update_critic(batch)
-        if update % 2 == 0:
-            agent.update_actor(batch)
-        if rounds and update % (updates // rounds) == 0:
-            step = agent.args.total_timesteps * update // (2 * updates)
-            changed = ne.topology_round(agent, buffer.sample(rng=agent.ne_rng), step, alpha)
-            counts = {key: counts.get(key, 0) + n for key, n in changed.items()}
-    return counts
+    """Updates with topology rounds among them in the first half of growth. Returns connections changed."""
+
+    def topology_round(agent: ne.Agent, batch: ne.Batch, update: int) -> dict:
+        step = agent.args.total_timesteps * update // (2 * updates)
+        return ne.topology_round(agent, batch, step, alpha)
+
+    return helpers.train(agent, buffer, updates, topology_round, rounds)
 
 
 def all_layers(agent: ne.Agent) -> list[ne.MaskedLinear]:
@@ -420,7 +402,6 @@ def test_compiled_gradients_are_those_of_the_eager_agent(monkeypatch, layer_norm
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
 def test_updates_read_no_values_and_stay_on_their_device(monkeypatch):
-    """What a capture needs, seen on tensors without values: reading one raises, so does a tensor from elsewhere."""
     monkeypatch.setattr(topology, "apply_masks", lambda layers, targets: None)  # only between updates, may read
     meta = torch.device("meta")
     with meta:
@@ -430,12 +411,7 @@ def test_updates_read_no_values_and_stay_on_their_device(monkeypatch):
     for clipped in (False, True):
         for layer in agent.online_layers:
             layer.clipped = clipped
-        losses = [*agent.update_critic(batch), agent.update_actor(batch)]
-        assert [loss.device for loss in losses] == [meta] * 3
-    with pytest.raises(RuntimeError):
-        losses[0].item()
-    with pytest.raises(RuntimeError, match="device"):
-        agent.update_critic(batch._replace(noise=torch.zeros(8, 2, device="cpu")))
+        helpers.assert_updates_read_no_values(agent, batch, reads="noise")
 
 
 def test_what_a_graph_reads_and_writes_stays_where_it_is():
@@ -481,7 +457,7 @@ def test_cuda_graphs_agree_with_eager_over_200_updates_with_rounds_in_between():
     torch.cuda.set_stream(torch.cuda.Stream())
     agents = []
     for graphs in (False, True):
-        agent, buffer = make_agent(torch.device("cuda"))
+        agent, buffer = make_agent(device="cuda")
         if graphs:
             agent.update_critic, agent.update_actor = (
                 ne.CudaGraph(agent.update_critic),
@@ -498,7 +474,7 @@ def test_cuda_graphs_agree_with_eager_over_200_updates_with_rounds_in_between():
 def test_cuda_follows_the_cpu():
     results = []
     for device in ("cpu", "cuda"):
-        agent, buffer = make_agent(torch.device(device), prune=False)
+        agent, buffer = make_agent(device=device, prune=False)
         buffer.rng = torch.Generator().manual_seed(2)  # the same batches
         train(agent, buffer, 20)
         results.append(agent.actor.act([0.1, 0.2, 0.3, 0.4]))

@@ -12,30 +12,9 @@ import torch.nn.functional as F
 import ne_td3_continuous as ne
 import td3_continuous as td3
 import utils_topology as topology
+from helpers import assert_updates_read_no_values, make_agent, train
 
 CPU = torch.device("cpu")
-
-
-def make_agent(module=td3, device: torch.device = CPU, **changes):
-    """A small agent (4 observations, 2 actions) and a buffer with 500 random transitions."""
-    options = {"actor_hidden": (32, 24), "critic_hidden": (32, 24), "batch_size": 64, "total_timesteps": 1_000}
-    args = module.Args(**options | changes)
-    torch.manual_seed(0)
-    agent = module.Agent(args, 4, 2, *([1] if module is ne else []), device=device)
-    buffer = module.ReplayBuffer(500, 4, 2, args.batch_size, seed=2, device=device)
-    buffer.data.copy_(torch.randn(500, 12, generator=torch.Generator().manual_seed(3)))
-    buffer.data[:, 4:6].clamp_(-1, 1)
-    buffer.data[:, 11] = (buffer.data[:, 11] > 1).float()
-    buffer.size = 500
-    return agent, buffer
-
-
-def train(agent, buffer, updates: int) -> None:
-    for update in range(1, updates + 1):
-        batch = buffer.sample()
-        agent.update_critic(batch)
-        if update % 2 == 0:
-            agent.update_actor(batch)
 
 
 def networks(agent) -> list[td3.MLP]:
@@ -64,7 +43,7 @@ def silence_some(agent) -> None:
 # --- none -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_it_is_the_ne_script_without_ne_bit_for_bit(layer_norm):
-    ours, our_buffer = make_agent(method="layer-norm" if layer_norm else "none")
+    ours, our_buffer = make_agent(td3, method="layer-norm" if layer_norm else "none")
     theirs, their_buffer = make_agent(ne, initial_density=1.0, review_floor=1.0, layer_norm=layer_norm)
     for agent, buffer in ((ours, our_buffer), (theirs, their_buffer)):
         train(agent, buffer, 40)
@@ -76,7 +55,7 @@ def test_it_is_the_ne_script_without_ne_bit_for_bit(layer_norm):
 
 @pytest.mark.parametrize("silent", [False, True])
 def test_metrics_are_those_of_the_ne_script(silent):
-    agent, buffer = make_agent()
+    agent, buffer = make_agent(td3)
     if silent:
         silence_some(agent)
     for name, hidden in agent.hidden(buffer.sample()).items():
@@ -89,7 +68,7 @@ def test_metrics_are_those_of_the_ne_script(silent):
 # --- layer-norm -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["none", "layer-norm"])
 def test_layer_norm_on_every_hidden_layer_and_none_on_the_output(method):
-    agent, _ = make_agent(method=method)
+    agent, _ = make_agent(td3, method=method)
     for mlp in networks(agent) + targets(agent):
         x = torch.randn(8, mlp.layers[0].in_features)
         y = x
@@ -105,7 +84,7 @@ def test_layer_norm_on_every_hidden_layer_and_none_on_the_output(method):
 # --- redo -------------------------------------------------------------------------------------------------------------
 def redone(tau: float = 0.1):
     """An agent before and after one ReDo with every third neuron dormant: (before, after, which)."""
-    agent, buffer = make_agent(method="redo", redo_tau=tau)
+    agent, buffer = make_agent(td3, method="redo", redo_tau=tau)
     train(agent, buffer, 10)
     silence_some(agent)
     for adam in agent.optimizers.values():
@@ -158,7 +137,7 @@ def test_redo_forgets_the_moments_of_what_it_changed_and_no_others():
 
 
 def test_redo_works_in_place_so_that_the_optimiser_trains_what_it_drew():
-    agent, buffer = make_agent(method="redo")
+    agent, buffer = make_agent(td3, method="redo")
     silence_some(agent)
     addresses = [p.data_ptr() for p in agent.parameters()]
     td3.redo(agent, buffer.sample())
@@ -180,7 +159,7 @@ def test_redo_leaves_the_targets():
 
 # --- reset ------------------------------------------------------------------------------------------------------------
 def test_reset_starts_networks_targets_and_adam_anew_and_keeps_the_buffer():
-    agent, buffer = make_agent(method="reset")
+    agent, buffer = make_agent(td3, method="reset")
     train(agent, buffer, 20)
     data, position, size = buffer.data.clone(), buffer.position, buffer.size
     before, addresses = values(agent), [p.data_ptr() for p in agent.parameters()]
@@ -204,7 +183,7 @@ def test_reset_starts_networks_targets_and_adam_anew_and_keeps_the_buffer():
 
 # --- injection --------------------------------------------------------------------------------------------------------
 def test_injection_leaves_every_output_as_it_was():
-    agent, buffer = make_agent(method="injection")
+    agent, buffer = make_agent(td3, method="injection")
     for mlp in networks(agent):  # new weights, not those the network itself started from
         assert not any(torch.equal(a.weight, b.weight) for a, b in zip(mlp.fresh.layers, mlp.layers, strict=True))
     train(agent, buffer, 20)
@@ -217,8 +196,8 @@ def test_injection_leaves_every_output_as_it_was():
 
 
 def test_before_injection_it_is_td3_bit_for_bit():
-    ours, our_buffer = make_agent(method="injection")
-    theirs, their_buffer = make_agent(method="none")
+    ours, our_buffer = make_agent(td3, method="injection")
+    theirs, their_buffer = make_agent(td3, method="none")
     for agent, buffer in ((ours, our_buffer), (theirs, their_buffer)):
         train(agent, buffer, 40)
     for one, two in zip(networks(ours) + targets(ours), networks(theirs) + targets(theirs), strict=True):
@@ -226,7 +205,7 @@ def test_before_injection_it_is_td3_bit_for_bit():
 
 
 def test_after_injection_only_the_fresh_networks_learn():
-    agent, buffer = make_agent(method="injection")
+    agent, buffer = make_agent(td3, method="injection")
     train(agent, buffer, 20)
     lag = [abs(a - b).max() for a, b in zip(agent.online, agent.targets, strict=True)]
     td3.inject(agent)
@@ -252,7 +231,7 @@ def test_after_injection_only_the_fresh_networks_learn():
 
 
 def test_the_injected_actor_adds_before_the_tanh():
-    agent, buffer = make_agent(method="injection")
+    agent, buffer = make_agent(td3, method="injection")
     td3.inject(agent)
     train(agent, buffer, 20)
     obs = buffer.sample().obs
@@ -270,7 +249,7 @@ def test_the_injected_actor_adds_before_the_tanh():
 
 
 def test_active_ratios_after_injection_are_those_of_what_learns():
-    agent, buffer = make_agent(method="injection")
+    agent, buffer = make_agent(td3, method="injection")
     batch = buffer.sample()
     td3.inject(agent)
     hidden = agent.hidden(batch)
@@ -313,7 +292,7 @@ def test_the_weights_of_a_run(monkeypatch, tmp_path):
 
 
 def test_other_methods_draw_uniformly():
-    agent, buffer = make_agent(method="redo")
+    agent, buffer = make_agent(td3, method="redo")
     theirs, their_buffer = make_agent(ne)
     for _ in range(3):
         ours = buffer.sample()
@@ -323,7 +302,6 @@ def test_other_methods_draw_uniformly():
 # --- CUDA graphs ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["none", "layer-norm", "injection"])
 def test_updates_read_no_values_and_stay_on_their_device(method):
-    """What a capture needs, seen on tensors without values: reading one raises, so does a tensor from elsewhere."""
     meta = torch.device("meta")
     with meta:
         agent = td3.Agent(td3.Args(method=method), 4, 2, device=meta)
@@ -331,12 +309,7 @@ def test_updates_read_no_values_and_stay_on_their_device(method):
     if method == "injection":
         td3.inject(agent)
     batch = td3.Batch(obs, obs_actions, obs, column, column, noise)
-    losses = [*agent.update_critic(batch), agent.update_actor(batch)]
-    assert [loss.device for loss in losses] == [meta] * 3
-    with pytest.raises(RuntimeError):
-        losses[0].item()
-    with pytest.raises(RuntimeError, match="device"):
-        agent.update_critic(batch._replace(noise=torch.zeros(8, 2, device="cpu")))
+    assert_updates_read_no_values(agent, batch, reads="noise")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -345,7 +318,7 @@ def test_cuda_graphs_agree_with_eager_before_and_after_an_event(method):
     torch.cuda.set_stream(torch.cuda.Stream())
     agents = []
     for graphed in (lambda update: update, td3.CudaGraph):
-        agent, buffer = make_agent(method=method, device=torch.device("cuda"))
+        agent, buffer = make_agent(td3, method=method, device="cuda")
         update_critic, update_actor = graphed(agent.update_critic), graphed(agent.update_actor)
         for update in range(1, 101):
             batch = buffer.sample()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import td3_continuous as td3
-from helpers import KILL_EARLIER, SMALL, assert_equal_runs, assert_one_line, finish, in_process, launch, rows
+from helpers import SMALL, assert_equal_runs, assert_one_line, finish, in_process, kill_at, launch, rows
 
 SCRIPT = Path(td3.__file__)
 TINY = SMALL.replace("--grow-interval 200 --review-interval 50 ", "")
@@ -56,7 +56,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("name", ["reset", "redo", "injection", "early injection", "recency"])
 def test_a_killed_run_resumes_exactly(whole, tmp_path, name):
     killed = tmp_path / "killed"
-    code, _, _ = finish(launch(f"{TINY} {FLAGS[name]} --run-dir {killed}", KILL_EARLIER, script=SCRIPT))
+    code, _, _ = finish(launch(f"{TINY} {FLAGS[name]} --run-dir {killed}", kill_at(930), script=SCRIPT))
     assert code == -signal.SIGKILL
     assert torch.load(killed / "checkpoint.pt", weights_only=True)["run"]["step"] == 800
     code, _, err = finish(launch(f"--resume {killed}", script=SCRIPT))
@@ -108,7 +108,7 @@ def test_a_compiled_injection_resumes_exactly(tmp_path):
     flags = f"{TINY} {FLAGS['injection']} --compile"
     code, out, err = finish(launch(f"{flags} --run-dir {whole}", script=SCRIPT))
     assert code == 0 and out.count("compiling") == 2, err
-    code, _, _ = finish(launch(f"{flags} --run-dir {killed}", KILL_EARLIER, script=SCRIPT))
+    code, _, _ = finish(launch(f"{flags} --run-dir {killed}", kill_at(930), script=SCRIPT))
     assert code == -signal.SIGKILL
     code, _, err = finish(launch(f"--resume {killed}", script=SCRIPT))
     assert code == 0, err

@@ -14,6 +14,7 @@ import ne_td3_continuous
 import td3_continual as td3
 import td3_continuous
 import utils_topology as topology
+from helpers import train
 
 CPU = torch.device("cpu")
 SCRIPTS = pytest.mark.parametrize("script", [ne, td3], ids=["ne", "td3"])
@@ -117,14 +118,8 @@ def make_agent(script, device: torch.device = CPU, **changes):
     return agent, buffer
 
 
-def train(script, agent, buffer, updates: int, rounds: int = 0) -> None:
-    for update in range(1, updates + 1):
-        batch = buffer.sample()
-        agent.update_critic(batch)
-        if update % 2 == 0:
-            agent.update_actor(batch)
-        if rounds and update % (updates // rounds) == 0:
-            ne.topology_round(agent, buffer.sample(rng=agent.ne_rng), 100, 0.3)
+def topology_round(agent: ne.Agent, batch: ne.Batch, update: int) -> dict:
+    return ne.topology_round(agent, batch, 100, 0.3)
 
 
 def rows_of(batch, actions: int):
@@ -154,7 +149,7 @@ def test_a_transition_keeps_the_mask_of_its_task(script):
 @SCRIPTS
 def test_unused_action_outputs_get_no_gradient(script):
     agent, buffer = make_agent(script)
-    train(script, agent, buffer, 20)
+    train(agent, buffer, 20)
     batch = buffer.sample()
     head = [agent.actor.layers[-1].weight, agent.actor.layers[-1].bias]
     small, large = rows_of(batch, 1), rows_of(batch, 3)
@@ -180,7 +175,7 @@ def test_padded_inputs_get_no_gradient(script):
 @SCRIPTS
 def test_targets_see_only_the_actions_of_the_transition_s_task(script):
     agent, buffer = make_agent(script)
-    train(script, agent, buffer, 20)
+    train(agent, buffer, 20)
     batch = buffer.sample()
     seen = []
     for critic in agent.target_critic:
@@ -198,7 +193,7 @@ def test_targets_see_only_the_actions_of_the_transition_s_task(script):
 # --- Reset ------------------------------------------------------------------------------------------------------------
 def test_reset_starts_everything_anew_but_the_buffer():
     agent, buffer = make_agent(td3)
-    train(td3, agent, buffer, 40)
+    train(agent, buffer, 40)
     weights, data = [p.clone() for p in agent.online], buffer.data.clone()
     td3.reset(agent)
     for p, target, was in zip(agent.online, agent.targets, weights, strict=True):
@@ -356,12 +351,12 @@ def test_what_a_graph_reads_and_writes_stays_where_it_is(script):
         return [t.data_ptr() for t in (*agent.state_dict().values(), *moments, *buffer.batch)]
 
     before = addresses()
-    train(script, agent, buffer, 20, rounds=2 if script is ne else 0)
+    train(agent, buffer, 20, topology_round, rounds=2 if script is ne else 0)
     if script is td3:
         td3.reset(agent)
     buffer.position = buffer.size = 0
     buffer.add(np.ones(5), np.ones(3), np.ones(5), 1.0, False, np.ones(3))
-    train(script, agent, buffer, 4)
+    train(agent, buffer, 4)
     assert addresses() == before
 
 
@@ -375,11 +370,11 @@ def test_cuda_graphs_agree_with_eager_over_batches_of_several_tasks(script):
         if graphs:
             agent.update_critic = script.CudaGraph(agent.update_critic)
             agent.update_actor = script.CudaGraph(agent.update_actor)
-        train(script, agent, buffer, 100, rounds=4 if script is ne else 0)
+        train(agent, buffer, 100, topology_round, rounds=4 if script is ne else 0)
         if script is td3:
             torch.manual_seed(5)
             td3.reset(agent)
-        train(script, agent, buffer, 100)
+        train(agent, buffer, 100)
         agents.append(agent)
     for (name, eager), graph in zip(agents[0].state_dict().items(), agents[1].state_dict().values(), strict=True):
         if torch.is_tensor(eager):
@@ -391,7 +386,7 @@ def test_cuda_graphs_agree_with_eager_over_batches_of_several_tasks(script):
 def test_compiled_gradients_are_those_of_the_eager_agent(script, monkeypatch):
     monkeypatch.setattr(torch.compiler, "set_stance", lambda **_: None)  # it would stay set for the tests to come
     agent, buffer = make_agent(script)
-    train(script, agent, buffer, 20)
+    train(agent, buffer, 20)
     eager = copy.deepcopy(agent)
     script.compile_gradients(agent, buffer.batch)
     batch = buffer.sample()

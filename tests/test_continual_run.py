@@ -12,12 +12,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import helpers
 import ne_td3_continual as ne
 import td3_continual as td3
-from helpers import assert_equal, assert_one_line, finish, rows
+from helpers import REFUSED_NE, REFUSED_TD3, assert_equal, assert_equal_runs, assert_refused, finish, kill_at, rows
 
 ROOT = Path(__file__).parent.parent
-MODULES = {ne: "import ne_td3_continual as script", td3: "from baselines import td3_continual as script"}
 NAMES = ("Pendulum-v1", "Reacher-v5")  # 3 observations, 1 action, 200 steps; 10 observations, 2 actions, 50 steps
 # Updates from 101, a new task after 320, 640 and 960 steps, each time inside an episode.
 SMALL = f"--tasks {' '.join(NAMES)} --cycles 2 --learning-starts 100 --actor-hidden 16 16 --critic-hidden 16 16 "
@@ -28,10 +28,7 @@ EVALUATED = [0, 250, 320, 500, 640, 750, 960, 1000, 1250, 1280]
 
 
 def launch(script, arguments: str, setup: str = "") -> subprocess.Popen:
-    """Starts a script in a process of its own; `setup` is Python that runs before it, with the script as `script`."""
-    code = f"import os, signal, sys; {MODULES[script]}; sys.argv[0] = {script.__file__!r}\n{setup}\nscript.main()"
-    command = [sys.executable, *(["-c", code] if setup else [script.__file__]), *arguments.split()]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return helpers.launch(arguments, setup, Path(script.__file__))
 
 
 def run(script, arguments: str, folder: Path) -> Path:
@@ -43,37 +40,9 @@ def run(script, arguments: str, folder: Path) -> Path:
 
 def killed(script, arguments: str, folder: Path, step: int) -> int:
     """Starts a run and kills it while it stores the transition of that step. Returns the step of its checkpoint."""
-    setup = f"""
-add, calls = script.ReplayBuffer.add, []
-def add_and_die(*args):
-    calls.append(None)
-    if len(calls) == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    add(*args)
-script.ReplayBuffer.add = add_and_die
-"""
-    code, _, _ = finish(launch(script, f"{arguments} --run-dir {folder}", setup))
+    code, _, _ = finish(launch(script, f"{arguments} --run-dir {folder}", kill_at(step)))
     assert code == -signal.SIGKILL
     return torch.load(folder / "checkpoint.pt", weights_only=True)["run"]["step"]
-
-
-def assert_equal_runs(run: Path, other: Path) -> None:
-    """Bit-identical results.csv and final checkpoint, but for what says where and when checkpoints were written."""
-    assert (run / "results.csv").read_bytes() == (other / "results.csv").read_bytes()
-    one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run, other))
-    for content in (one, two):
-        content["run"].pop("saved")
-        for name in ("run_dir", "checkpoint_frequency"):
-            content["run"]["args"].pop(name)
-    assert_equal(one, two)
-
-
-def in_process(monkeypatch, capsys, script, arguments: str) -> tuple[int, str]:
-    """Runs main() here, for bad input: (exit code, what it printed to stderr)."""
-    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments.split()])
-    with pytest.raises(SystemExit) as stop:
-        script.main()
-    return stop.value.code, capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +168,7 @@ def test_a_run_with_reset_resumes_exactly(tmp_path):
     assert killed(td3, flags, folder, 500) == 420
     code, _, err = finish(launch(td3, f"--resume {folder}"))
     assert code == 0, err
-    setup = "reset = script.reset\nscript.reset = lambda agent: print('called: reset') or reset(agent)"
+    setup = "reset = ne.reset\nne.reset = lambda agent: print('called: reset') or reset(agent)"
     code, out, err = finish(launch(td3, f"{flags} --run-dir {tmp_path / 'whole'}", setup))
     assert code == 0, err
     assert out.count("called: reset") == 3  # at 320, 640 and 960, not at the end
@@ -251,48 +220,19 @@ REFUSED = [
     ("--steps-per-task 0", "at least 1, got 0"),
     ("--episodes-per-task -1", "at least 1, got -1"),
     ("--steps-per-task 500 --episodes-per-task 5", "must be left out with --episodes-per-task, got 500"),
-    ("--eval-frequency 0", "at least 1"),
-    ("--eval-episodes 0", "at least 1"),
-    ("--checkpoint-frequency 0", "at least 1"),
-    ("--policy-frequency 0", "at least 1"),
-    ("--learning-starts -1", "at least 1"),
-    ("--seed -1", "at least 0"),
-    ("--gamma 1.1", "in [0, 1]"),
-    ("--tau -0.1", "in [0, 1]"),
-    ("--learning-rate 0", "in (0, 1]"),
-    ("--policy-noise -0.1", "at least 0"),
-    ("--torch-threads 0", "at least 1"),
-    ("--buffer-size 0", "at least 1"),
-    ("--batch-size 500 --buffer-size 400", "--batch-size must be at most --buffer-size (400), got 500"),
-    ("--actor-hidden 32 0", "at least 1"),
-    ("--buffer-size 1000000000000", "must fit in memory"),
-]
-REFUSED_NE = [
-    ("--initial-density 0", "in (0, 1], got 0.0"),
-    ("--initial-density 0.97", "--final-density must be in [--initial-density (0.97), 1), got 0.95"),
-    ("--prune-ratio 1", "in [0, 1)"),
-    ("--grow-rate -1", "in [0, 1]"),
-    ("--grow-interval 0", "at least 1, got 0"),
-    ("--growth-end 0", "at least 1"),
-    ("--review-interval 0", "at least 1"),
-    ("--review-fraction 0", "in (0, 1]"),
-    ("--review-floor 2", "in [0, 1]"),
-    ("--review-tau -1", "at least 0"),
-    ("--weight-clip -1", "at least 0"),
 ]
 
 
 @pytest.mark.parametrize(
     ("script", "flags", "words"),
-    [(ne, *case) for case in REFUSED + REFUSED_NE] + [(td3, *case) for case in REFUSED],
+    [(ne, *case) for case in REFUSED + REFUSED_TD3 + REFUSED_NE] + [(td3, *case) for case in REFUSED + REFUSED_TD3],
 )
 def test_values_out_of_range_are_refused_before_anything_is_written(
     tmp_path, monkeypatch, capsys, script, flags, words
 ):
     few = "" if "--tasks" in flags else "--tasks Pendulum-v1"
-    code, err = in_process(monkeypatch, capsys, script, f"{few} {flags} --run-dir {tmp_path / 'run'}")
-    assert code == 2 and not (tmp_path / "run").exists()
-    assert_one_line(err, "--final-density" if "final" in words else flags.split()[0], words)
+    assert_refused(monkeypatch, capsys, f"{few} --run-dir {tmp_path / 'run'}", words, flags, script)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -305,21 +245,17 @@ def test_values_out_of_range_are_refused_before_anything_is_written(
     ],
 )
 def test_resume_refuses_flags_that_contradict_the_run(whole, monkeypatch, capsys, flags, words):
-    code, err = in_process(monkeypatch, capsys, ne, f"--resume {whole} {flags}")
-    assert code == 2
-    assert_one_line(err, words)
+    assert_refused(monkeypatch, capsys, f"--resume {whole}", words, flags, ne)
 
 
 def test_checkpoints_of_other_scripts_and_other_tasks_are_refused(whole, tmp_path, monkeypatch, capsys):
-    code, err = in_process(monkeypatch, capsys, td3, f"--evaluate {whole / 'checkpoint.pt'}")
-    assert code == 1
-    assert_one_line(err, "checkpoint.pt is damaged or not a checkpoint of td3_continual.py")
+    foreign = "checkpoint.pt is damaged or not a checkpoint of td3_continual.py"
+    assert_refused(monkeypatch, capsys, f"--evaluate {whole / 'checkpoint.pt'}", foreign, module=td3, code=1)
     content = torch.load(whole / "checkpoint.pt", weights_only=True)
     content["run"]["args"]["tasks"] = ("Pendulum-v1",)
     torch.save(content, tmp_path / "checkpoint.pt")
-    code, err = in_process(monkeypatch, capsys, ne, f"--evaluate {tmp_path / 'checkpoint.pt'}")
-    assert code == 1
-    assert_one_line(err, "does not fit ('Pendulum-v1',) with 3 observations and 1 actions")
+    unfit = "does not fit ('Pendulum-v1',) with 3 observations and 1 actions"
+    assert_refused(monkeypatch, capsys, f"--evaluate {tmp_path / 'checkpoint.pt'}", unfit, module=ne, code=1)
 
 
 def test_the_results_can_be_read_as_a_table(whole):

@@ -31,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import utils_topology as topology
-from utils_topology import MaskedLinear, topology_round
+from utils_topology import CudaGraph, MaskedMLP, topology_round
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases (needs `pip install wandb`)
     wandb_project_name: str = "neuroplastic-expansion"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
+    capture_video: bool = False  # record the first episode of each evaluation (needs moviepy and OpenGL)
     eval_frequency: int = 10_000  # environment steps between two evaluations, each of them on every task
     eval_episodes: int = 10  # per task and evaluation: deterministic policy, own environment and seed (TD3)
     checkpoint_frequency: int = 50_000  # environment steps; written at the first episode end after each
@@ -71,6 +72,7 @@ class Args:
     policy_frequency: int = 2  # critic updates per update of actor and targets
     actor_hidden: tuple[int, ...] = (256, 128)  # widths of the actor's hidden layers (Table 1)
     critic_hidden: tuple[int, ...] = (256, 128)  # widths of the hidden layers of each critic (Table 1)
+    scale: int = 1  # scale-up study (§B.1): 1 = the widths above; s > 1 = width 256 throughout and s - 1 more layers
     layer_norm: bool = False  # Linear -> LayerNorm -> ReLU on every hidden layer (Lyle et al. 2024)
     # --- Neuroplastic Expansion ---
     ne_actor: bool = True  # NE on the actor; off: dense from the start (Figure 7b)
@@ -91,6 +93,10 @@ class Args:
     review_floor: float = 0.65  # least epsilon, so at most 1 - floor of the batches are reviews (ours); 1 = no review
     review_tau: float = 0.1  # a neuron counts as dormant for the review when its score (Eq. 1) is at most this (ours)
 
+    redo_interval: int = 0  # NE + ReDo (§C): updates between two resets of dormant neurons (Sokar et al. 2023); 0 = off
+    redo_tau: float = 0.1  # NE + ReDo: a neuron is dormant when its score (Eq. 1) is at most this
+    reset_interval: int = 0  # NE + Reset (§C): environment steps between two (Nikishin et al. 2022); 0 = off
+
     @property
     def total_timesteps(self) -> int:  # with --episodes-per-task as if every episode lasted until its time limit
         limits = [gym.spec(task.split(":")[-1]).max_episode_steps or 1_000 for task in self.tasks]
@@ -105,6 +111,7 @@ def die(message: str, code: int = 2) -> NoReturn:
 
 RANGES = [  # of each flag; None, where it is a default, is not checked
     ("at least 0", lambda x: x >= 0, "seed exploration_noise policy_noise noise_clip weight_clip review_tau"),
+    ("at least 0", lambda x: x >= 0, "redo_interval redo_tau reset_interval"),
     ("at least 1", lambda x: x >= 1, "cycles steps_per_task episodes_per_task torch_threads eval_frequency"),
     ("at least 1", lambda x: x >= 1, "eval_episodes batch_size checkpoint_frequency learning_starts buffer_size"),
     ("at least 1", lambda x: x >= 1, "policy_frequency grow_interval growth_end review_interval"),
@@ -112,23 +119,32 @@ RANGES = [  # of each flag; None, where it is a default, is not checked
     ("in (0, 1]", lambda x: 0 < x <= 1, "learning_rate initial_density review_fraction"),
     ("in [0, 1), so that every round grows on net", lambda x: 0 <= x < 1, "prune_ratio"),
     ("widths of at least 1", lambda x: min(x, default=0) >= 1, "actor_hidden critic_hidden"),
+    ("1, 2, 3 or 4", lambda x: x in (1, 2, 3, 4), "scale"),
     ("one task or more, each once", lambda x: 0 < len(x) == len(set(x)), "tasks"),
 ]
 
 
-def make_tasks(env_ids: tuple[str, ...]) -> tuple[list[gym.Env], np.ndarray]:
+def make_tasks(env_ids: tuple[str, ...], videos: Path | None = None, episodes: int = 1) -> tuple[list, np.ndarray]:
     """Environments padded to the largest: observations (obs,) with zeros; of an action (act,) a task reads the first.
 
+    `videos` gets every `episodes`-th episode of each task.
     Returns: environments with actions in [-1, 1], rescaled to their own bounds, and masks (tasks, act), 1 where read.
     Raises: SystemExit(2) where one cannot be made, or has not flat Box observations and bounded flat Box actions.
     """
     envs = []
     for env_id in env_ids:
         try:
-            envs.append(gym.make(env_id))
-        except Exception as e:  # each environment has errors of its own
-            die(f"--tasks: cannot make {env_id}: {' '.join(str(e).split())}")
-        obs, act = envs[-1].observation_space, envs[-1].action_space
+            env = gym.make(env_id, render_mode="rgb_array" if videos else None)
+            if videos:
+                env.reset()
+                env.render()
+                env = gym.wrappers.RecordVideo(env, f"{videos}/{env_id}", lambda episode: episode % episodes == 0)
+        except Exception as e:  # each environment and each renderer has errors of its own
+            renders = os.environ.get("MUJOCO_GL") != "disable" and not isinstance(e, gym.error.UnregisteredEnv)
+            flag = "--capture-video needs moviepy and OpenGL (Debian: libegl1, libgl1)" if renders else "--tasks"
+            die(f"{flag}: cannot make {env_id}: {' '.join(str(e).split())}")
+        envs.append(env)
+        obs, act = env.observation_space, env.action_space
         flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs, act))
         if not flat or obs.dtype.kind != "f" or not np.isfinite(act.high - act.low).all():
             die(f"--tasks needs flat Box observations of floats, flat Box actions with finite bounds, got {obs}, {act}")
@@ -199,27 +215,7 @@ class ReplayBuffer:
         self.rng.set_state(state["rng"])
 
 
-class MLP(nn.Module):
-    """Hidden layers (masked linear, LayerNorm if asked for, ReLU) and a masked linear output."""
-
-    def __init__(self, sizes: list[int], layer_norm: bool):
-        super().__init__()
-        self.layers = nn.ModuleList(MaskedLinear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False))
-        self.norms = nn.ModuleList(nn.LayerNorm(n) if layer_norm else nn.Identity() for n in sizes[1:-1])
-
-    def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, sizes[0]) -> [(B, n), ...] of the hidden layers."""
-        hidden = []
-        for layer, norm in zip(self.layers, self.norms, strict=False):
-            x = F.relu(norm(layer(x)), inplace=True)
-            hidden.append(x)
-        return hidden
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers[-1](self.activations(x)[-1])  # (B, sizes[-1])
-
-
-class Actor(MLP):
+class Actor(MaskedMLP):
     """Deterministic tanh policy: (B, obs) -> (B, act) in [-1, 1]."""
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
@@ -230,7 +226,7 @@ class Actor(MLP):
         return self(torch.as_tensor(obs, dtype=torch.float32).to(self.layers[0].weight.device)[None])[0].cpu().numpy()
 
 
-class Critic(MLP):
+class Critic(MaskedMLP):
     """One action-value function: (B, obs + act) -> (B,)."""
 
     def forward(self, obs_actions: torch.Tensor) -> torch.Tensor:
@@ -243,9 +239,9 @@ class Agent(nn.Module):
     def __init__(self, args: Args, n_obs: int, n_act: int, ne_seed: int, device: torch.device):
         super().__init__()
         self.ne_rng = torch.Generator().manual_seed(ne_seed)  # all that NE draws, so that it shifts nothing else
-        self.args = args
-        self.actor = Actor([n_obs, *args.actor_hidden, n_act], args.layer_norm)
-        sizes = [n_obs + n_act, *args.critic_hidden, 1]
+        self.args, deeper = args, (256,) * (args.scale + 1) if args.scale > 1 else None  # §B.1
+        self.actor = Actor([n_obs, *(deeper or args.actor_hidden), n_act], args.layer_norm)
+        sizes = [n_obs + n_act, *(deeper or args.critic_hidden), 1]
         self.critic = nn.ModuleList(Critic(sizes, args.layer_norm) for _ in range(2))
         for mlp in [self.actor] * args.ne_actor + [*self.critic] * args.ne_critic:
             topology.sparsify(mlp.layers, args.initial_density, args.sparse_init, self.ne_rng)  # §4.2
@@ -303,23 +299,6 @@ class Agent(nn.Module):
         """Activations [(B, n), ...] of the hidden layers, for each MLP of each network."""
         inputs = {"actor": batch.obs, "critic": batch.obs_actions}
         return {name: [mlp.activations(inputs[name]) for mlp in mlps] for name, mlps in self.mlps.items()}
-
-
-class CudaGraph:
-    """Captures an update once and replays it. `batch` must be the same tensors at every call."""
-
-    def __init__(self, update):
-        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
-
-    def __call__(self, batch: Batch):
-        self.calls += 1
-        if self.calls <= 3:  # plain updates: the warm-up that a capture needs
-            return self.update(batch)
-        if self.calls == 4:
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):  # records without running
-                self.losses = self.update(batch)
-        self.graph.replay()
-        return self.losses
 
 
 def compile_gradients(agent: Agent, batch: Batch) -> None:
@@ -408,7 +387,7 @@ def parse_args() -> tuple[Args, dict | None]:
         checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt")
         stored = Args(**checkpoint["run"]["args"])
         args = tyro.cli(Args, default=stored)  # so whatever differs now was given on the command line
-        may_change = ("resume", "cudagraphs", "track", "wandb_project_name", "wandb_entity")
+        may_change = ("resume", "cudagraphs", "track", "wandb_project_name", "wandb_entity", "capture_video")
         for name, value in vars(stored).items():
             if name not in may_change and getattr(args, name) != value:
                 die(f"--{name.replace('_', '-')} must be {value} or left out with --resume, got {getattr(args, name)}")
@@ -420,6 +399,8 @@ def parse_args() -> tuple[Args, dict | None]:
         die(f"--batch-size must be at most --buffer-size ({args.buffer_size}), got {args.batch_size}")
     if args.grow_rate is None and args.initial_density < 1 and not args.initial_density <= args.final_density < 1:
         die(f"--final-density must be in [--initial-density ({args.initial_density}), 1), got {args.final_density}")
+    if args.scale > 1 and not (args.actor_hidden == args.critic_hidden == (256, 128)):
+        die(f"--scale must be 1 with --actor-hidden or --critic-hidden, got {args.scale}: it sets every width to 256")
     if args.steps_per_task and args.episodes_per_task:
         die(f"--steps-per-task must be left out with --episodes-per-task, got {args.steps_per_task}")
     args.steps_per_task = args.steps_per_task or (None if args.episodes_per_task else 250_000)
@@ -463,14 +444,13 @@ def main() -> None:
         torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default stream
         torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    os.environ.setdefault("MUJOCO_GL", "disable")  # training needs no OpenGL
+    os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # training needs no OpenGL
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # denormal numbers make long runs slow
     seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(4)]
     torch.manual_seed(seeds[0])  # initial weights
     noise_rng = np.random.default_rng(seeds[1])  # exploration
     envs, masks = make_tasks(args.tasks)
-    eval_envs, _ = make_tasks(args.tasks)
     (n_obs,), (n_act,) = envs[0].observation_space.shape, envs[0].action_space.shape
     agent = Agent(args, n_obs, n_act, seeds[3], device)
     buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, args.batch_size, seeds[2], device)
@@ -487,7 +467,7 @@ def main() -> None:
             die(f"the checkpoint does not fit {args.tasks} with {n_obs} observations and {n_act} actions", code=1)
         run = checkpoint["run"]
     if args.evaluate:
-        for env_id, env in zip(args.tasks, eval_envs, strict=True):
+        for env_id, env in zip(args.tasks, envs, strict=True):
             returns = evaluate(agent.actor, env, args.eval_episodes, args.seed)
             print(f"{env_id}, step {run['step']}: return {np.mean(returns):.1f}, std {np.std(returns):.1f}")
         return
@@ -507,6 +487,8 @@ def main() -> None:
     if args.compile:
         compile_gradients(agent, buffer.batch)
     run_dir, writer = open_run(args, checkpoint)
+    videos = run_dir / f"videos/from_step_{run['step']}" if args.capture_video else None
+    eval_envs, _ = make_tasks(args.tasks, videos, args.eval_episodes)
     graphed = CudaGraph if device.type == "cuda" and args.cudagraphs else lambda update: update
     update_critic, update_actor = graphed(agent.update_critic), graphed(agent.update_actor)
     rounds, alpha, plan = topology.growth_schedule(args)
@@ -590,6 +572,8 @@ def main() -> None:
                 dormant = topology.count_dormant(sum(agent.hidden(batch)["critic"], []), args.review_tau)
                 run["epsilon"] = review_threshold(run["epsilon"], run["dormant"], dormant, args)
                 run["dormant"] = dormant
+            if args.redo_interval and run["updates"] % args.redo_interval == 0:
+                topology.redo(agent.mlps, agent.hidden(batch), args.redo_tau, agent.optimizers, agent.ne_rng)
         # step and store
         next_obs, reward, terminated, truncated, _ = envs[task].step(action)
         buffer.add(obs, action, next_obs, reward, terminated, masks[task])
@@ -603,6 +587,8 @@ def main() -> None:
                 run["counts"][key] += count
             for name, layer in ((f"{n}/{i}", layer) for n in agent.layers for i, layer in enumerate(agent.layers[n])):
                 writer.add_image(f"masks/{name}", layer.mask[None].float(), step)
+        if args.reset_interval and step % args.reset_interval == 0 and step < args.total_timesteps:
+            topology.reset(agent.mlps, agent.targets, agent.optimizers, agent.ne_rng)
         # log
         if step % 1_000 == 0 and run["updates"]:
             losses = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/actor_loss": actor_loss}

@@ -50,6 +50,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases (needs `pip install wandb`)
     wandb_project_name: str = "neuroplastic-expansion"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
+    capture_video: bool = False  # record the first episode of each evaluation (needs moviepy and OpenGL)
     eval_frequency: int = 10_000  # environment steps between two evaluations, each of them on every task
     eval_episodes: int = 10  # per task and evaluation: deterministic policy, own environment and seed (TD3)
     checkpoint_frequency: int = 50_000  # environment steps; written at the first episode end after each
@@ -95,19 +96,27 @@ RANGES = [  # of each flag; None, where it is a default, is not checked
 ]
 
 
-def make_tasks(env_ids: tuple[str, ...]) -> tuple[list[gym.Env], np.ndarray]:
+def make_tasks(env_ids: tuple[str, ...], videos: Path | None = None, episodes: int = 1) -> tuple[list, np.ndarray]:
     """Environments padded to the largest: observations (obs,) with zeros; of an action (act,) a task reads the first.
 
+    `videos` gets every `episodes`-th episode of each task.
     Returns: environments with actions in [-1, 1], rescaled to their own bounds, and masks (tasks, act), 1 where read.
     Raises: SystemExit(2) where one cannot be made, or has not flat Box observations and bounded flat Box actions.
     """
     envs = []
     for env_id in env_ids:
         try:
-            envs.append(gym.make(env_id))
-        except Exception as e:  # each environment has errors of its own
-            die(f"--tasks: cannot make {env_id}: {' '.join(str(e).split())}")
-        obs, act = envs[-1].observation_space, envs[-1].action_space
+            env = gym.make(env_id, render_mode="rgb_array" if videos else None)
+            if videos:
+                env.reset()
+                env.render()
+                env = gym.wrappers.RecordVideo(env, f"{videos}/{env_id}", lambda episode: episode % episodes == 0)
+        except Exception as e:  # each environment and each renderer has errors of its own
+            renders = os.environ.get("MUJOCO_GL") != "disable" and not isinstance(e, gym.error.UnregisteredEnv)
+            flag = "--capture-video needs moviepy and OpenGL (Debian: libegl1, libgl1)" if renders else "--tasks"
+            die(f"{flag}: cannot make {env_id}: {' '.join(str(e).split())}")
+        envs.append(env)
+        obs, act = env.observation_space, env.action_space
         flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs, act))
         if not flat or obs.dtype.kind != "f" or not np.isfinite(act.high - act.low).all():
             die(f"--tasks needs flat Box observations of floats, flat Box actions with finite bounds, got {obs}, {act}")
@@ -416,7 +425,7 @@ def parse_args() -> tuple[Args, dict | None]:
         checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt")
         stored = Args(**checkpoint["run"]["args"])
         args = tyro.cli(Args, default=stored)  # so whatever differs now was given on the command line
-        may_change = ("resume", "cudagraphs", "track", "wandb_project_name", "wandb_entity")
+        may_change = ("resume", "cudagraphs", "track", "wandb_project_name", "wandb_entity", "capture_video")
         for name, value in vars(stored).items():
             if name not in may_change and getattr(args, name) != value:
                 die(f"--{name.replace('_', '-')} must be {value} or left out with --resume, got {getattr(args, name)}")
@@ -469,14 +478,13 @@ def main() -> None:
         torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default stream
         torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    os.environ.setdefault("MUJOCO_GL", "disable")  # training needs no OpenGL
+    os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # training needs no OpenGL
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # denormal numbers make long runs slow
     seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(4)]
     torch.manual_seed(seeds[0])  # initial weights, and what a reset draws later
     noise_rng = np.random.default_rng(seeds[1])  # exploration
     envs, masks = make_tasks(args.tasks)
-    eval_envs, _ = make_tasks(args.tasks)
     (n_obs,), (n_act,) = envs[0].observation_space.shape, envs[0].action_space.shape
     agent = Agent(args, n_obs, n_act, device)
     buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, args.batch_size, seeds[2], device)
@@ -490,7 +498,7 @@ def main() -> None:
             die(f"the checkpoint does not fit {args.tasks} with {n_obs} observations and {n_act} actions", code=1)
         run = checkpoint["run"]
     if args.evaluate:
-        for env_id, env in zip(args.tasks, eval_envs, strict=True):
+        for env_id, env in zip(args.tasks, envs, strict=True):
             returns = evaluate(agent.actor, env, args.eval_episodes, args.seed)
             print(f"{env_id}, step {run['step']}: return {np.mean(returns):.1f}, std {np.std(returns):.1f}")
         return
@@ -510,6 +518,8 @@ def main() -> None:
     if args.compile:
         compile_gradients(agent, buffer.batch)
     run_dir, writer = open_run(args, checkpoint)
+    videos = run_dir / f"videos/from_step_{run['step']}" if args.capture_video else None
+    eval_envs, _ = make_tasks(args.tasks, videos, args.eval_episodes)
     graphed = CudaGraph if device.type == "cuda" and args.cudagraphs else lambda update: update
     update_critic, update_actor = graphed(agent.update_critic), graphed(agent.update_actor)
     print(f"{' '.join(args.tasks)}, seed {args.seed}, {device}: {run_dir}\nmethod: {args.method}")

@@ -134,6 +134,7 @@ def test_without_ne_it_is_td3_bit_for_bit(tmp_path):
 def test_with_one_task_it_is_the_other_ne_script_bit_for_bit(tmp_path):
     shared = "--learning-starts 100 --actor-hidden 16 16 --critic-hidden 16 16 --batch-size 16 --eval-frequency 300 "
     shared += "--eval-episodes 1 --grow-interval 100 --review-interval 20 --buffer-size 400 --no-cuda "
+    shared += "--redo-interval 70 --reset-interval 250 "
     run(ne, f"{shared} --tasks Pendulum-v1 --cycles 1 --steps-per-task 600", tmp_path / "one")
     command = [sys.executable, "ne_td3_continuous.py", *shared.split(), "--env-id", "Pendulum-v1"]
     command += ["--total-timesteps", "600", "--run-dir", str(tmp_path / "two")]
@@ -143,6 +144,15 @@ def test_with_one_task_it_is_the_other_ne_script_bit_for_bit(tmp_path):
         assert_equal(one[name], two[name])
     columns = rows(tmp_path / "two")[0].keys()
     assert [{key: row[key] for key in columns} for row in rows(tmp_path / "one")[1:]] == rows(tmp_path / "two")
+
+
+@pytest.mark.parametrize("script", [ne, td3], ids=["ne", "td3"])
+def test_videos_of_every_task_are_recorded(script, tmp_path):
+    flags = "--tasks InvertedPendulum-v5 InvertedDoublePendulum-v5 --cycles 1 --steps-per-task 60 --eval-frequency 80 "
+    run(script, f"{flags} --learning-starts 200 --eval-episodes 3 --no-cuda --capture-video", tmp_path / "run")
+    for task in ("InvertedPendulum-v5", "InvertedDoublePendulum-v5"):
+        videos = sorted(path.name for path in (tmp_path / "run" / "videos" / "from_step_0" / task).glob("*.mp4"))
+        assert videos == [f"rl-video-episode-{n}.mp4" for n in (0, 3, 6, 9)]  # at steps 0, 60, 80, 120
 
 
 # --- interrupted and resumed ------------------------------------------------------------------------------------------
@@ -223,9 +233,13 @@ REFUSED = [
 ]
 
 
+REFUSED_SCALE = [("--scale 5", "1, 2, 3 or 4"), ("--scale 2 --critic-hidden 64 64", "--scale must be 1")]
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "words"),
-    [(ne, *case) for case in REFUSED + REFUSED_TD3 + REFUSED_NE] + [(td3, *case) for case in REFUSED + REFUSED_TD3],
+    [(ne, *case) for case in REFUSED + REFUSED_TD3 + REFUSED_NE + REFUSED_SCALE]
+    + [(td3, *case) for case in REFUSED + REFUSED_TD3],
 )
 def test_values_out_of_range_are_refused_before_anything_is_written(
     tmp_path, monkeypatch, capsys, script, flags, words

@@ -1,4 +1,4 @@
-"""The DrQ-v2 scripts as their users run them: end to end, killed and resumed, given bad input, and once on the real task."""
+"""The DrQ-v2 scripts as their users run them: end to end, interrupted, given bad input, and on the real task."""
 
 import contextlib
 import io
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -110,7 +111,7 @@ def test_a_run_leaves_a_checkpoint_and_videos(whole, name):
         assert video.size == (16, 16) and video.n_frames == 10 and video.info["duration"] == 40
 
 
-@pytest.mark.parametrize("name", ["NE", "reset", "redo", "injection", "early injection"])
+@pytest.mark.parametrize("name", ["NE", "reset", "redo", "injection"])
 def test_a_killed_run_resumes_exactly(whole, tmp_path, monkeypatch, name):
     (script, flags), folder = RUNS[name], tmp_path / "run"
     process = launch(f"{SMALL} {flags} --run-dir {folder}", FAKE + KILL, script=Path(script.__file__))
@@ -119,6 +120,24 @@ def test_a_killed_run_resumes_exactly(whole, tmp_path, monkeypatch, name):
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["run"]["step"] == 240
     assert len(rows(folder)) == 2
     run(monkeypatch, script, f"--resume {folder}")
+    assert_equal_runs(whole(name)[0], folder)
+
+
+@pytest.mark.parametrize("name", ["early injection", "injection by default"])
+def test_a_run_interrupted_after_its_injection_resumes_exactly(whole, tmp_path, monkeypatch, name):
+    """From a checkpoint of the very step of the injection and from a later one."""
+    folder, add, calls = tmp_path / "run", drq.ReplayBuffer.add, []
+
+    def add_or_stop(*args):
+        calls.append(None)
+        if len(calls) == 150:
+            raise EOFError
+        add(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(EOFError):
+        patch.setattr(drq.ReplayBuffer, "add", add_or_stop)
+        run(patch, drq, f"{SMALL} {RUNS[name][1]} --run-dir {folder}")
+    run(monkeypatch, drq, f"--resume {folder}")
     assert_equal_runs(whole(name)[0], folder)
 
 
@@ -300,25 +319,34 @@ ne.load_task = short
 """
 
 
-@pytest.mark.parametrize(
-    ("script", "flags"), [(ne, "--grow-interval 8"), (drq, "--method redo --redo-interval 3")], ids=["NE", "redo"]
-)
-def test_the_real_walker_is_rendered_and_a_killed_run_resumes_exactly(tmp_path, monkeypatch, capsys, script, flags):
+def run_the_real_walker(monkeypatch, capsys, script, flags: str) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(script, "load_task", script.load_task)  # to be put back
     exec(SHORT_EPISODES, {"ne": script})
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(monkeypatch, script, f"{REAL} {flags} --run-dir {whole}")
+    run(monkeypatch, script, f"{REAL} {flags}")
     out = capsys.readouterr().out
     assert "6 actions, 3 frames of 16x16, " in out and "replay buffer: 60 frames, 0.00 GiB on cpu" in out
+
+
+def test_the_real_walker_is_rendered_and_a_killed_run_resumes_exactly(tmp_path, monkeypatch, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_the_real_walker(monkeypatch, capsys, ne, f"--grow-interval 8 --run-dir {whole}")
     assert len(rows(whole)) == 2 and all(0 <= float(row["eval/return_mean"]) < 8 for row in rows(whole))
-    kill, path = KILL.replace("150", "18"), Path(script.__file__)
-    code, _, err = finish(launch(f"{REAL} {flags} --run-dir {killed}", SHORT_EPISODES + kill, script=path))
+    flags, kill = f"{REAL} --grow-interval 8 --run-dir {killed}", KILL.replace("150", "18")
+    code, _, err = finish(launch(flags, SHORT_EPISODES + kill, script=Path(ne.__file__)))
     assert code == -9, err
     frames = torch.load(killed / "checkpoint.pt", weights_only=True)["buffer"]["frames"]
     assert frames.shape == (15, 3, 16, 16) and frames.float().std() > 10 and len(frames.unique(dim=0)) > 9
-    run(monkeypatch, script, f"--resume {killed}")
+    run(monkeypatch, ne, f"--resume {killed}")
     assert_equal_runs(whole, killed)
+
+
+def test_the_baseline_renders_the_real_walker(tmp_path, monkeypatch, capsys):
+    flags = f"--method injection --eval-episodes 1 --capture-video --run-dir {tmp_path / 'run'}"
+    run_the_real_walker(monkeypatch, capsys, drq, flags)
+    assert len(rows(tmp_path / "run")) == 2 and 0 <= float(rows(tmp_path / "run")[1]["eval/return_mean"]) < 8
+    with Image.open(tmp_path / "run" / "videos" / "step_48.gif") as video:
+        assert video.n_frames == 4 and np.asarray(video.convert("RGB")).std() > 10
 
 
 @BOTH

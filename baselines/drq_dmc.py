@@ -2,7 +2,7 @@
 
 Paper: Neuroplastic Expansion in Deep Reinforcement Learning, arXiv 2410.07994; §, Eq. and Table below refer to it.
 Run:   python baselines/drq_dmc.py --method redo --env-id walker_walk (on a GPU); all flags: --help
-With --method none it is DrQ-v2: ne_drq_dmc.py --initial-density 1 --review-floor 1, bit for bit. docs/baselines.md
+With --method none it is DrQ-v2: ne_drq_dmc.py --initial-density 1 --review-floor 1, bit for bit. docs/ne_drq_dmc.md
 """
 
 import copy

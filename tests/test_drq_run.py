@@ -58,6 +58,14 @@ def counted(name: str, function):
     return lambda *args: print("called:", name) or function(*args)
 
 
+def add_with_an_event(script, event: str):
+    """The buffer's `add`, where at the place of KILL something else happens."""
+    scope = {"ne": script}
+    kill = KILL.replace("ne.ReplayBuffer.add = add_and_die", "")
+    exec(kill.replace("os.kill(os.getpid(), signal.SIGKILL)", event), scope)
+    return scope["add_and_die"]
+
+
 @pytest.fixture(autouse=True)
 def without_gl(monkeypatch):
     for script in (ne, drq):
@@ -126,18 +134,27 @@ def test_a_killed_run_resumes_exactly(whole, tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", ["early injection", "injection by default"])
 def test_a_run_interrupted_after_its_injection_resumes_exactly(whole, tmp_path, monkeypatch, name):
     """From a checkpoint of the very step of the injection and from a later one."""
-    folder, add, calls = tmp_path / "run", drq.ReplayBuffer.add, []
-
-    def add_or_stop(*args):
-        calls.append(None)
-        if len(calls) == 150:
-            raise EOFError
-        add(*args)
-
+    folder = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(EOFError):
-        patch.setattr(drq.ReplayBuffer, "add", add_or_stop)
+        patch.setattr(drq.ReplayBuffer, "add", add_with_an_event(drq, "raise EOFError"))
         run(patch, drq, f"{SMALL} {RUNS[name][1]} --run-dir {folder}")
     run(monkeypatch, drq, f"--resume {folder}")
+    assert_equal_runs(whole(name)[0], folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "signal", "code"), [("NE", "SIGTERM", 0), ("redo", "SIGTERM", 0), ("redo", "SIGINT", 130)]
+)
+def test_a_signal_ends_a_run_after_its_episode_and_it_resumes_exactly(
+    whole, tmp_path, monkeypatch, capsys, name, signal, code
+):
+    (script, flags), folder = RUNS[name], tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        event = f"import signal; signal.raise_signal(signal.{signal})"
+        patch.setattr(script.ReplayBuffer, "add", add_with_an_event(script, event))
+        run(patch, script, f"{SMALL} {flags} --run-dir {folder}")
+    assert stop.value.code == code and "stopped at step 280; continue with: python " in capsys.readouterr().out
+    run(monkeypatch, script, f"--resume {folder}")
     assert_equal_runs(whole(name)[0], folder)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,22 @@ def assert_one_line(error: str, *words: str) -> None:
     assert len(lines) == 1 and "Traceback" not in error
     for word in words:
         assert word in lines[0]
+
+
+PIXELS = {"frame_size": 24, "channels": 4, "hidden_dim": 32, "batch_size": 16, "buffer_size": 60}
+PIXELS |= {"total_timesteps": 1_000, "stddev_duration": 100}
+
+
+def pixel_agent(module, args, device: str = "cpu", **seed) -> tuple:
+    """A small agent of a DrQ-v2 script (2 actions) and a buffer with 60 random frames in episodes of 20."""
+    torch.manual_seed(0)
+    device = torch.device(device)
+    agent, buffer = module.Agent(args, 2, device=device, **seed), module.ReplayBuffer(args, 2, seed=2, device=device)
+    rng = np.random.default_rng(3)
+    for number in range(60):
+        obs = rng.integers(256, size=(9, args.frame_size, args.frame_size), dtype=np.uint8)
+        buffer.add(obs, *(() if number % 20 == 0 else (rng.uniform(-1, 1, 2), rng.normal(), 1.0)))
+    return agent, buffer
 
 
 def rows(folder: Path) -> list[dict]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import tyro
 
+import drq_dmc as drq_baselines
 import ne_drq_dmc as drq
 import ne_td3_continual as continual
 import ne_td3_continuous as ne
@@ -23,7 +24,8 @@ GUIDE = (ROOT / "docs" / "ne_td3.md").read_text()
 BASELINES = (ROOT / "docs" / "baselines.md").read_text()
 SCRIPT = Path(ne.__file__).read_text()
 CONTINUAL = (ROOT / "docs" / "ne_td3_continual.md").read_text()
-SCRIPTS = {Path(s.__file__).relative_to(ROOT).as_posix(): s for s in (ne, continual, drq, td3, td3_continual)}
+MODULES = (ne, continual, drq, td3, td3_continual, drq_baselines)
+SCRIPTS = {Path(script.__file__).relative_to(ROOT).as_posix(): script for script in MODULES}
 
 # [`file.py:12`](../file.py#L12) `fragment of that line`
 LINK = re.compile(r"\[`?([\w/.]+\.py):(\d+)`?\]\(([\w/.]+\.py)#L(\d+)\)\s+`([^`\n]+)`")
@@ -162,6 +164,19 @@ def test_the_page_of_drq_has_a_row_for_each_flag_that_differs():
     for name, default in differ.items():
         assert says(documented.pop("--" + name.replace("_", "-")), default), name
     assert set(documented) <= {"--" + name.replace("_", "-") for name in fields}
+
+
+def test_the_baselines_on_drq_have_a_row_for_each_flag_that_the_ne_script_has_not():
+    table = rows(section("Baselines on DrQ-v2", (ROOT / "docs" / "ne_drq_dmc.md").read_text()))
+    documented = {in_backticks(row[0])[0]: row[1] for row in table if in_backticks(row[0]) and row[0][1] == "-"}
+    shared = {field.name: field.default for field in dataclasses.fields(drq.Args)}
+    fields = {field.name: field.default for field in dataclasses.fields(drq_baselines.Args)}
+    differ = {name: default for name, default in fields.items() if name not in shared or shared[name] != default}
+    differ |= {name: fields[name] for name in ("redo_interval", "redo_tau")}
+    assert set(documented) == {"--" + name.replace("_", "-") for name in differ} and len(differ) == 6
+    for name, default in differ.items():
+        assert says(documented["--" + name.replace("_", "-")], default), name
+    assert {"track", "wandb_project_name", "wandb_entity"} <= shared.keys() - fields.keys()
 
 
 def commands(text: str) -> list[tuple[str, str]]:

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 import ne_drq_dmc as ne
 import utils_topology as topology
 from fake_task import FakeTask
+from helpers import PIXELS, pixel_agent
 
 torch.set_num_threads(1)  # as the script does
 CPU = torch.device("cpu")
-TINY = {"frame_size": 24, "channels": 4, "hidden_dim": 32, "batch_size": 16, "buffer_size": 60}
 
 
 def make_args(**changes) -> ne.Args:
-    return ne.Args(**TINY | {"total_timesteps": 1_000, "stddev_duration": 100} | changes)
+    return ne.Args(**PIXELS | changes)
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
@@ -191,14 +191,7 @@ def test_observations_are_stacks_with_the_newest_frame_last(monkeypatch):
 # --- agent ------------------------------------------------------------------------------------------------------------
 def make_agent(**changes) -> tuple[ne.Agent, ne.ReplayBuffer]:
     """A small agent and a buffer with 60 random frames in episodes of 20."""
-    args = make_args(**changes)
-    torch.manual_seed(0)
-    agent, buffer = ne.Agent(args, 2, ne_seed=1, device=CPU), ne.ReplayBuffer(args, 2, seed=2, device=CPU)
-    rng = np.random.default_rng(3)
-    for number in range(60):
-        obs = rng.integers(256, size=(9, args.frame_size, args.frame_size), dtype=np.uint8)
-        buffer.add(obs, *(() if number % 20 == 0 else (rng.uniform(-1, 1, 2), rng.normal(), 1.0)))
-    return agent, buffer
+    return pixel_agent(ne, make_args(**changes), ne_seed=1)
 
 
 def train(agent: ne.Agent, buffer: ne.ReplayBuffer, updates: int, rounds: int = 0, alpha: float = 0.3) -> dict:

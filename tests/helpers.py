@@ -110,14 +110,14 @@ os.fsync = fsync_and_die
 """
 
 
-def kill_at(addition: int) -> str:
-    """A set-up with which a run is killed while it stores that transition, counted from 1."""
+def kill_at(addition: int, event: str = "os.kill(os.getpid(), signal.SIGKILL)") -> str:
+    """A set-up that kills a run, or does something else, while it stores that transition, counted from 1."""
     return f"""
 add, calls = ne.ReplayBuffer.add, []
 def add_and_die(*args):
     calls.append(None)
     if len(calls) == {addition}:
-        os.kill(os.getpid(), signal.SIGKILL)
+        {event}
     add(*args)
 ne.ReplayBuffer.add = add_and_die
 """

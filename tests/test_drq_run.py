@@ -15,11 +15,11 @@ from PIL import Image
 import drq_dmc as drq
 import fake_task
 import ne_drq_dmc as ne
-from helpers import assert_equal, assert_equal_runs, assert_one_line, finish, in_process, launch, rows
+from helpers import assert_equal, assert_equal_runs, assert_one_line, finish, in_process, kill_at, launch, rows
 
 BOTH = pytest.mark.parametrize("script", [ne, drq], ids=["ne_drq_dmc", "drq_dmc"])
 # The fake task's episodes are 20 frames, 10 agent steps. Update u is at frame 60 + 4 u, rows are every 100 frames,
-# checkpoints every 60; the ring of 60 frames wraps at about frame 110. KILL is at frame 272, after the one of 240.
+# checkpoints every 60; the ring of 60 frames wraps at about frame 110. A kill is at frame 272, after the one of 240.
 SIZES = "--frame-size 16 --channels 4 --hidden-dim 16 --batch-size 8 --buffer-size 60 --no-cuda --eval-episodes 2 "
 SMALL = SIZES + "--total-timesteps 400 --learning-starts 60 --eval-frequency 100 --checkpoint-frequency 60 "
 RUNS = {  # script and its flags
@@ -35,17 +35,7 @@ RUNS = {  # script and its flags
 }
 FAKE = f"sys.path.insert(0, {str(Path(fake_task.__file__).parent)!r})\nimport fake_task\n"
 FAKE += "ne.load_task = fake_task.load_task\n"
-KILL = """
-add, calls = ne.ReplayBuffer.add, []
-def add_and_die(*args):
-    calls.append(None)
-    if len(calls) == 150:
-        os.kill(os.getpid(), signal.SIGKILL)
-    add(*args)
-ne.ReplayBuffer.add = add_and_die
-"""
-
-
+KILL_AT = 150
 RIVALS = ("redo", "reset", "inject")
 
 
@@ -58,12 +48,10 @@ def counted(name: str, function):
     return lambda *args: print("called:", name) or function(*args)
 
 
-def add_with_an_event(script, event: str):
-    """The buffer's `add`, where at the place of KILL something else happens."""
-    scope = {"ne": script}
-    kill = KILL.replace("ne.ReplayBuffer.add = add_and_die", "")
-    exec(kill.replace("os.kill(os.getpid(), signal.SIGKILL)", event), scope)
-    return scope["add_and_die"]
+def interrupt(patch, script, event: str) -> None:
+    """Lets something else happen where a run would be killed."""
+    patch.setattr(script.ReplayBuffer, "add", script.ReplayBuffer.add)  # to be put back
+    exec(kill_at(KILL_AT, event), {"ne": script})
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +110,7 @@ def test_a_run_leaves_a_checkpoint_and_videos(whole, name):
 @pytest.mark.parametrize("name", ["NE", "reset", "redo", "injection"])
 def test_a_killed_run_resumes_exactly(whole, tmp_path, monkeypatch, name):
     (script, flags), folder = RUNS[name], tmp_path / "run"
-    process = launch(f"{SMALL} {flags} --run-dir {folder}", FAKE + KILL, script=Path(script.__file__))
+    process = launch(f"{SMALL} {flags} --run-dir {folder}", FAKE + kill_at(KILL_AT), script=Path(script.__file__))
     code, _, err = finish(process)
     assert code == -9, err
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["run"]["step"] == 240
@@ -136,7 +124,7 @@ def test_a_run_interrupted_after_its_injection_resumes_exactly(whole, tmp_path, 
     """From a checkpoint of the very step of the injection and from a later one."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(EOFError):
-        patch.setattr(drq.ReplayBuffer, "add", add_with_an_event(drq, "raise EOFError"))
+        interrupt(patch, drq, "raise EOFError")
         run(patch, drq, f"{SMALL} {RUNS[name][1]} --run-dir {folder}")
     run(monkeypatch, drq, f"--resume {folder}")
     assert_equal_runs(whole(name)[0], folder)
@@ -151,7 +139,7 @@ def test_a_signal_ends_a_run_after_its_episode_and_it_resumes_exactly(
     (script, flags), folder = RUNS[name], tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         event = f"import signal; signal.raise_signal(signal.{signal})"
-        patch.setattr(script.ReplayBuffer, "add", add_with_an_event(script, event))
+        interrupt(patch, script, event)
         run(patch, script, f"{SMALL} {flags} --run-dir {folder}")
     assert stop.value.code == code and "stopped at step 280; continue with: python " in capsys.readouterr().out
     run(monkeypatch, script, f"--resume {folder}")
@@ -349,7 +337,7 @@ def test_the_real_walker_is_rendered_and_a_killed_run_resumes_exactly(tmp_path, 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_the_real_walker(monkeypatch, capsys, ne, f"--grow-interval 8 --run-dir {whole}")
     assert len(rows(whole)) == 2 and all(0 <= float(row["eval/return_mean"]) < 8 for row in rows(whole))
-    flags, kill = f"{REAL} --grow-interval 8 --run-dir {killed}", KILL.replace("150", "18")
+    flags, kill = f"{REAL} --grow-interval 8 --run-dir {killed}", kill_at(18)
     code, _, err = finish(launch(flags, SHORT_EPISODES + kill, script=Path(ne.__file__)))
     assert code == -9, err
     frames = torch.load(killed / "checkpoint.pt", weights_only=True)["buffer"]["frames"]

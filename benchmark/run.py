@@ -156,7 +156,6 @@ def make_run(job: Job) -> str:
     orphaned script has saved and ended.
     """
     folder = Path(job.folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with open(lock_of(job), "a") as lock:
         while True:
             try:
@@ -177,6 +176,7 @@ def make_run(job: Job) -> str:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # out of reach of Ctrl-C and of Ray, which ends whole groups, so that it saves
                 pass_fds=[lock.fileno()],
             )
             try:
@@ -238,17 +238,25 @@ def start_ray(args: Args):
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
+        from ray._private import services
     except ImportError:
         die("runs are scheduled by Ray: pip install -r requirements-benchmark.txt", code=1)
     if args.address:
         options = {"address": args.address}
     else:
-        options = {"num_cpus": args.cpus or len(os.sched_getaffinity(0)), "include_dashboard": False}
-        options |= {"_node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
-    try:
-        ray.init(**options, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as e:
-        die(f"--address: cannot reach Ray at {args.address}: {str(e).splitlines()[0]}", code=1)
+        services.resolve_ip_for_localhost = lambda host: host  # Ray would turn 127.0.0.1 into an address for all
+        options = {"address": "local", "num_cpus": args.cpus or len(os.sched_getaffinity(0))}
+        options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 100 * 2**20}
+    for attempts_left in (2, 1, 0):
+        try:
+            ray.init(**options, log_to_driver=False, logging_level="ERROR")
+            break
+        except Exception as e:  # a busy machine may be slower than Ray's own limit of half a minute
+            ray.shutdown()
+            if args.address:
+                die(f"--address: cannot reach Ray at {args.address}: {str(e).splitlines()[0]}", code=1)
+            if not attempts_left:
+                die(f"Ray does not start: {str(e).splitlines()[0]}", code=1)
     return ray
 
 
@@ -258,6 +266,10 @@ def make_all(ray, jobs: list[Job], args: Args) -> dict[str, str]:
     share = min(1, int(gpus / max(cpus, 1) * 1e4) / 1e4) if args.gpus_per_run is None else args.gpus_per_run
     resources = {"num_cpus": 1, "num_gpus": share, "memory": int(args.memory_per_run * 2**30) or None}
     task = ray.remote(make_run).options(**resources, max_retries=10)
+    for job in jobs:
+        Path(job.folder).parent.mkdir(
+            parents=True, exist_ok=True
+        )  # here only: so other machines must see the same files
     problems, pending = {}, {}
     done = {job.name: min(last_step(Path(job.folder)), job.steps) for job in jobs}
     looks = {"unit": " steps", "smoothing": 0, "miniters": 0, "mininterval": 0.5 if sys.stderr.isatty() else 60}
@@ -272,8 +284,8 @@ def make_all(ray, jobs: list[Job], args: Args) -> dict[str, str]:
                 job = pending.pop(ref)
                 try:
                     problem = ray.get(ref)
-                except ray.exceptions.RayError as e:  # the worker was lost too often
-                    problem = str(e).splitlines()[0]
+                except ray.exceptions.RayError as e:  # a folder that cannot be written; a worker lost too often
+                    problem = str(getattr(e, "cause", None) or e).splitlines()[0]
                 if problem:
                     problems[job.name] = problem
                 bar.write(f"{job.name}: {problem or 'finished'}", file=sys.stderr)
@@ -291,41 +303,42 @@ def make_all(ray, jobs: list[Job], args: Args) -> dict[str, str]:
     return problems
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    jobs = jobs_of(args)
-    states = {job.name: state_of(job) for job in jobs}
-    left = {name for name, state in states.items() if state == "failed" and not args.retry_failed}
-    todo = [job for job in jobs if states[job.name] != "finished" and job.name not in left]
-    counts = ", ".join(
-        f"{n} {s}" for s in ("finished", "interrupted", "failed", "new") if (n := list(states.values()).count(s))
-    )
-    print(f"{args.figure}: {len(jobs)} runs, {counts}", file=sys.stderr)
-    if args.quick:
-        print(
-            f"about {sum(job.cost for job in todo) / 60:.0f} minutes of one core, divided by the number of cores",
-            file=sys.stderr,
-        )
-    if args.dry_run:
-        return print_commands(todo)
-    problems = {}
-    if todo:
-        ray = start_ray(args)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-        try:
-            problems = make_all(ray, todo, args)
-        except KeyboardInterrupt:
-            print("stopped; the same command continues", file=sys.stderr)
-            raise SystemExit(130) from None
-    for job in jobs:
-        if job.name in left:
-            problems[job.name] = (
-                Path(job.folder) / "failed.txt"
-            ).read_text().strip() + "; run again with --retry-failed"
+def report(args: Args, jobs: list[Job], problems: dict[str, str]) -> NoReturn:
     for name, problem in problems.items():
         print(f"not finished: {name}: {problem}", file=sys.stderr)
     print(f"{args.figure}: {len(jobs) - len(problems)} of {len(jobs)} runs are finished", file=sys.stderr)
     raise SystemExit(1 if problems else 0)
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    jobs = jobs_of(args)
+    states = {job.name: state_of(job) for job in jobs}
+    kinds = ["finished", "interrupted", "failed", "new"]
+    counts = [f"{count} {kind}" for kind in kinds if (count := list(states.values()).count(kind))]
+    print(f"{args.figure}: {len(jobs)} runs, {', '.join(counts)}", file=sys.stderr)
+    makes = {"interrupted", "new"} | ({"failed"} if args.retry_failed else set())
+    todo = [job for job in jobs if states[job.name] in makes]
+    if args.quick:
+        minutes = sum(job.cost for job in todo) / 60
+        print(f"about {minutes:.0f} minutes, divided by the number of cores", file=sys.stderr)
+    if args.dry_run:
+        return print_commands(todo)
+    problems = {}
+    for job in jobs:
+        if states[job.name] == "failed" and job not in todo:
+            problems[job.name] = (
+                f"{(Path(job.folder) / 'failed.txt').read_text().strip()}; made again by --retry-failed"
+            )
+    if todo:
+        try:
+            ray = start_ray(args)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray has set a handler of its own
+            problems |= make_all(ray, todo, args)
+        except KeyboardInterrupt:
+            print("stopped; the same command continues", file=sys.stderr)
+            raise SystemExit(130) from None
+    report(args, jobs, problems)
 
 
 if __name__ == "__main__":

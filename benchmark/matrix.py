@@ -233,7 +233,7 @@ class Run(NamedTuple):
         return f"{self.task}/{self.name}_seed{self.seed}"
 
 
-def runs_of(figure: str, length: str, seeds: int, tasks: tuple[str, ...], methods: tuple[str, ...]) -> list[Run]:
+def runs_of(length: str, seeds: int, tasks: tuple[str, ...], methods: tuple[str, ...]) -> list[Run]:
     """Seed by seed, so that an unfinished figure has all methods on all tasks."""
     runs = []
     for seed in range(1, seeds + 1):
@@ -244,3 +244,19 @@ def runs_of(figure: str, length: str, seeds: int, tasks: tuple[str, ...], method
                 flags = (env_id, f"--seed {seed}", where.flags[method.script], method.flags.format_map(where.words))
                 runs.append(Run(name, task, seed, method.script, " ".join(part for part in flags if part)))
     return runs
+
+
+def choose(
+    figure: str, quick: bool, short: bool, seeds: int | None, tasks: tuple[str, ...], methods: tuple[str, ...]
+) -> tuple[str, int, tuple[str, ...], tuple[str, ...]]:
+    """Length, seeds, tasks and methods of a figure, by default its own. Raises: ValueError for what cannot be."""
+    if quick and short:
+        raise ValueError("--quick must be left out with --short")
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {seeds}")
+    whole = FIGURES[figure]
+    if unknown := [name for name in methods if name not in whole.methods]:
+        raise ValueError(f"--methods must be of {', '.join(whole.methods)}, got {', '.join(unknown)}")
+    own = whole.tasks[: whole.quick_tasks] if quick else whole.tasks
+    length = "quick" if quick else "short" if short else "full"
+    return length, seeds or (whole.quick_seeds if quick else SEEDS), tasks or own, methods or whole.methods

@@ -203,19 +203,14 @@ def outcome(job: Job, code: int) -> str:
 # --- all runs ---------------------------------------------------------------------------------------------------------
 def jobs_of(args: Args) -> list[Job]:
     """Raises: SystemExit(2) for a mistake on the command line, be it in --flags."""
-    figure, quick = matrix.FIGURES[args.figure], args.quick
-    if quick and args.short:
-        die("--quick must be left out with --short")
-    if args.seeds is not None and args.seeds < 1:
-        die(f"--seeds must be at least 1, got {args.seeds}")
-    if unknown := [name for name in args.methods if name not in figure.methods]:
-        die(f"--methods must be of {', '.join(figure.methods)}, got {', '.join(unknown)}")
-    length = "quick" if quick else "short" if args.short else "full"
-    seeds = args.seeds or (figure.quick_seeds if quick else matrix.SEEDS)
-    tasks = args.tasks or (figure.tasks[: figure.quick_tasks] if quick else figure.tasks)
+    try:
+        chosen = matrix.choose(args.figure, args.quick, args.short, args.seeds, args.tasks, args.methods)
+    except ValueError as e:
+        die(str(e))
+    length, seeds, tasks, methods = chosen
     folder = Path(os.path.abspath(args.out or Path("runs") / length))
     jobs = []
-    for run in matrix.runs_of(args.figure, length, seeds, tasks, args.methods or figure.methods):
+    for run in matrix.runs_of(length, seeds, tasks, methods):
         flags = shlex.split(f"{run.flags} {args.flags}")
         wanted, steps = parse(run.script, flags)
         cost = matrix.METHODS[run.name].cost * steps / matrix.QUICK_SPEED[run.script]

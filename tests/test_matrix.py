@@ -13,7 +13,7 @@ ALL = {name for figure in matrix.FIGURES.values() for name in figure.methods}
 
 def some_run(name: str, length: str) -> matrix.Run:
     task = next(figure.tasks[0] for figure in matrix.FIGURES.values() if name in figure.methods)
-    return matrix.runs_of("", length, 1, (task,), (name,))[0]
+    return matrix.runs_of(length, 1, (task,), (name,))[0]
 
 
 @pytest.mark.parametrize("length", matrix.LENGTHS)
@@ -48,7 +48,7 @@ def test_the_figures_of_the_paper_and_those_its_reviewers_asked_for_are_there():
 def test_quick_versions_take_about_an_hour_on_two_cores(name):
     figure, cost = matrix.FIGURES[name], 0.0
     tasks = figure.tasks[: figure.quick_tasks]
-    for r in matrix.runs_of(name, "quick", figure.quick_seeds, tasks, figure.methods):
+    for r in matrix.runs_of("quick", figure.quick_seeds, tasks, figure.methods):
         steps = {"total-timesteps": 1, "steps-per-task": 12}
         steps = sum(
             int(n) * steps[flag] for flag, n in re.findall(r"--(total-timesteps|steps-per-task) (\d+)", r.flags)
@@ -58,11 +58,11 @@ def test_quick_versions_take_about_an_hour_on_two_cores(name):
 
 
 def test_runs_come_seed_by_seed_and_their_folders_say_what_they_are():
-    runs = matrix.runs_of("figure6", "full", 2, ("A-v1", "B-v1"), ("ne_td3", "td3_reset"))
+    runs = matrix.runs_of("full", 2, ("A-v1", "B-v1"), ("ne_td3", "td3_reset"))
     assert [r.path for r in runs[:4]] == [f"{t}/{m}_seed1" for t in ("A-v1", "B-v1") for m in ("ne_td3", "td3_reset")]
     assert [r.seed for r in runs] == [1] * 4 + [2] * 4
     assert runs[3].flags == "--env-id B-v1 --seed 1 --method reset --reset-interval 200000"
-    assert "--env-id" not in matrix.runs_of("figure9", "full", 1, matrix.CONTINUAL, ("td3_continual",))[0].flags
+    assert "--env-id" not in matrix.runs_of("full", 1, matrix.CONTINUAL, ("td3_continual",))[0].flags
 
 
 def test_alpha_halved_and_doubled_are_those_of_the_schedule():

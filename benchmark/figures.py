@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy.stats import bootstrap, trim_mean
 
 import matrix
 import plot
@@ -83,6 +82,8 @@ def read(name: str, methods: tuple, tasks: tuple, seeds: int, folders: tuple[Pat
 # --- statistics -------------------------------------------------------------------------------------------------------
 def iqm(*tasks: np.ndarray, axis: int) -> np.ndarray:
     """Interquartile mean over the seeds of all tasks, (..., seeds) each. Of fewer than four values it is the mean."""
+    from scipy.stats import trim_mean  # here, as it takes a second that the other commands of plot.py need not wait
+
     return trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)
 
 
@@ -91,6 +92,8 @@ def interval(*tasks: np.ndarray) -> np.ndarray:
 
     NaN where a task has one seed only.
     """
+    from scipy.stats import bootstrap
+
     if min(len(scores) for scores in tasks) < 2:
         return np.full((2, *tasks[0].shape[1:]), np.nan)
     options = {"axis": 0, "method": "percentile", "n_resamples": RESAMPLES, "rng": np.random.default_rng(0)}

@@ -236,12 +236,11 @@ def start_ray(args: Args):
         from ray._private import services
     except ImportError:
         die("runs are scheduled by Ray: pip install -r requirements-benchmark.txt", code=1)
-    if args.address:
-        options = {"address": args.address}
-    else:
-        services.resolve_ip_for_localhost = lambda host: host  # Ray would turn 127.0.0.1 into an address for all
-        options = {"address": "local", "num_cpus": args.cpus or len(os.sched_getaffinity(0))}
-        options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 100 * 2**20}
+    services.resolve_ip_for_localhost = lambda host: host  # Ray would turn 127.0.0.1 into an address for all
+    options = {"address": args.address or "local"}
+    if not args.address:
+        options |= {"num_cpus": args.cpus or len(os.sched_getaffinity(0)), "object_store_memory": 100 * 2**20}
+        options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
     for attempts_left in (2, 1, 0):
         try:
             ray.init(**options, log_to_driver=False, logging_level="ERROR")

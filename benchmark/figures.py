@@ -124,7 +124,7 @@ def missing(results: Results) -> list[str]:
             said = [] if whole == results.seeds else [f"{whole or 'none'} of {results.seeds} seeds"]
             if len(runs) > whole:
                 ends = sorted({run["step"][-1] for run in runs} - {results.end(task)})
-                said.append(f"{len(runs) - whole} more to step {' and '.join(map(plot.step_label, ends))}")
+                said.append(f"{len(runs) - whole} more up to step {' and '.join(map(plot.step_label, ends))}")
             if said:
                 who.setdefault(", ".join(said), []).append(results.label(method))
         for what, labels in who.items():
@@ -147,6 +147,12 @@ def caption(results: Results, tasks: list[str]) -> str:
     else:
         text += f"No bars: no task has finished runs of all methods shown and a positive return of {reference}. "
     gaps = missing(results)
+    if left := [t for t in results.figure.tasks if t not in results.tasks and not results.stretches]:
+        gaps.append(f"left out: {', '.join(left)}")
+    if left := [matrix.METHODS[m].label for m in results.figure.methods if m not in results.methods]:
+        gaps.append(f"left out: {', '.join(left)}")
+    if results.seeds < matrix.SEEDS:
+        gaps.append(f"{results.seeds} seeds instead of {matrix.SEEDS}")
     return text + (f"MISSING: {'; '.join(gaps)}." if gaps else "Nothing is missing.")
 
 

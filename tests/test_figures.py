@@ -84,7 +84,7 @@ def test_without_a_positive_reference_there_is_no_aggregate(tmp_path):
 def test_the_caption_says_what_is_missing(partial):
     results = read(partial)
     assert figures.missing(results) == [
-        "NE-TD3: 2 of 3 seeds, 1 more to step 2k on A-v1",
+        "NE-TD3: 2 of 3 seeds, 1 more up to step 2k on A-v1",
         "TD3: 2 of 3 seeds on A-v1, B-v1",
         "NE-TD3: none of 3 seeds on B-v1",
     ]
@@ -93,12 +93,20 @@ def test_the_caption_says_what_is_missing(partial):
 
 
 def test_nothing_is_missing_where_all_is_there(tmp_path):
-    for seed in range(1, 5):
-        for name in ("ne_td3", "td3_dense"):
-            write_run(tmp_path, name, "A-v1", seed, [seed, 2 * seed])
-    results = read(tmp_path, tasks=("A-v1",), seeds=4)
+    methods, tasks = matrix.FIGURES["figure2"].methods, matrix.FIGURES["figure2"].tasks
+    for seed in range(1, 8):
+        for name in methods:
+            write_run(tmp_path, name, tasks[0], seed, [seed, 2 * seed])
+    results = figures.read("figure2", methods, tasks, 7, (tmp_path,))
     text = figures.caption(results, figures.normalised(results)[1])
     assert text.endswith("Nothing is missing.") and "fewer than four" not in text and "only" not in text
+
+
+def test_what_was_not_asked_for_is_said_too(tmp_path):
+    write_run(tmp_path, "td3_dense", "HalfCheetah-v5", 1, [1])
+    text = figures.caption(read(tmp_path, methods=("td3_dense",), tasks=("HalfCheetah-v5",), seeds=1), [])
+    assert "left out: Humanoid-v5, Ant-v5, Hopper-v5; left out: NE-TD3, Reset" in text
+    assert text.endswith("1 seeds instead of 7.")
 
 
 def test_a_started_run_without_rows_is_no_result(tmp_path):

@@ -4,6 +4,7 @@ import re
 import shlex
 
 import pytest
+import tyro
 
 import matrix
 import run
@@ -74,3 +75,17 @@ def test_alpha_halved_and_doubled_are_those_of_the_schedule():
         words = matrix.LENGTHS[length].words
         assert words["alpha_half"] == pytest.approx(alpha / 2, rel=0.02)
         assert words["alpha_twice"] == pytest.approx(alpha * 2, rel=0.02)
+
+
+def test_commands_of_the_pages_are_accepted():
+    pages = [run.ROOT / "README.md", run.ROOT / "results" / "README.md", *sorted((run.ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    calls = [shlex.split(call.split(">")[0]) for call in re.findall(r"python benchmark/run\.py ([^`#\n]*)", text)]
+    assert len(calls) >= 8
+    for call in calls:
+        args = tyro.cli(run.Args, args=call)
+        matrix.choose(args.figure, args.quick, args.short, args.seeds, args.tasks, args.methods)
+    drawn = {name for name in re.findall(r"benchmark/plot\.py ([\w-]+)", text)} - {"curves", "continual"}
+    assert drawn and drawn <= set(matrix.FIGURES)
+    documented = re.findall(r"^\| (`.*?) \|", (run.ROOT / "docs" / "benchmark.md").read_text(), re.M)
+    assert set(re.findall(r"`([\w-]+)`", " ".join(documented))) == set(matrix.FIGURES)

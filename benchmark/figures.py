@@ -207,18 +207,18 @@ def draw_panel(ax, results: Results, task: str, columns: list[str]) -> None:
     plot.dress(ax, columns)
 
 
-def draw_bars(ax, results: Results) -> None:
+def draw_bars(ax, results: Results, scores: dict[str, list[np.ndarray]]) -> None:
     """The aggregate: one bar per method, with its interval and its number."""
-    scores, _ = normalised(results)
     for place, (method, colour) in enumerate(zip(results.methods, COLOURS, strict=False)):
         if method not in scores:
-            ax.text(0, place, " not finished", va="center", fontsize=8, color="grey")
+            ax.text(0, place, " no finished run", va="center", fontsize=8, color="grey")
             continue
         value, (low, high) = iqm(*scores[method], axis=0), interval(*scores[method])
         ax.barh(place, value, color=colour, alpha=0.6, height=0.6)
         ax.plot([low, high], [place, place], color="black", linewidth=1.2, marker="|", markersize=6)
         right = np.nanmax([value, high, 0])
-        ax.text(right, place, f"  {value:.2f}", va="center", fontsize=9)
+        label = {"va": "center", "fontsize": 9, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
+        ax.annotate(f"{value:.2f}", (right, place), (6, 0), textcoords="offset points", **label)
     ax.set_yticks(range(len(results.methods)), [textwrap.fill(results.label(m), 18) for m in results.methods])
     ax.set_ylim(len(results.methods) - 0.4, -0.6)
     ax.set_xlim(right=ax.get_xlim()[1] * 1.15)
@@ -240,11 +240,12 @@ def panels(results: Results) -> list[list[tuple[str, str, list[str]]]]:
 def picture(results: Results, text: str) -> Figure:
     grid = panels(results)
     rows, columns = len(grid), len(grid[0])
-    width = 4.2 * columns + 4.5 if columns > 1 else 10.5
-    lines = textwrap.wrap(text, int(width * 15))
-    figure = Figure(figsize=(width, 2.1 * rows + 1.4 + 0.17 * len(lines)), layout="constrained")
+    scores, _ = normalised(results)
+    widths = [4.2 if columns > 1 else 6.3] * columns + ([4.2] if scores else [])  # inches
+    lines = textwrap.wrap(text, int(sum(widths) * 15))
+    figure = Figure(figsize=(sum(widths), 2.1 * rows + 1.4 + 0.17 * len(lines)), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[2.1 * rows + 1.3, 0.17 * len(lines) + 0.1])
-    places = above.add_gridspec(rows, columns + 1, width_ratios=[1] * columns + [0.6 if columns == 1 else 0.8])
+    places = above.add_gridspec(rows, len(widths), width_ratios=widths)
     axes = np.empty((rows, columns), dtype=object)
     for i, row in enumerate(grid):
         for j, (label, task, names) in enumerate(row):
@@ -258,10 +259,11 @@ def picture(results: Results, text: str) -> Figure:
             if j == 0:
                 ax.set_ylabel(label, fontsize=9)
             ax.tick_params(labelbottom=i == rows - 1)
-        above.align_ylabels(axes[: i + 1, 0])
+    above.align_ylabels(axes[:, 0])
     for ax in axes[-1]:
         ax.set_xlabel("environment steps")
-    draw_bars(above.add_subplot(places[: min(rows, 4), -1]), results)
+    if scores:
+        draw_bars(above.add_subplot(places[:, -1]), results, scores)
     named = [(results.label(m), c) for m, c in zip(results.methods, COLOURS, strict=False)]
     handles = [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in named]
     for name, style in zip(("density of critics", "of actor"), plot.STYLES, strict=True):

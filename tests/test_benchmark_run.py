@@ -110,7 +110,7 @@ def make_elsewhere(job: run.Job) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code])
 
 
-def test_an_orphaned_script_saves_before_the_run_goes_on_elsewhere(done, tmp_path):
+def test_an_orphaned_script_saves_before_the_run_goes_on_elsewhere(tmp_path):
     sizes = {
         "steps": 200_000,
         "random": 199_000,
@@ -146,10 +146,15 @@ def test_a_run_lost_without_a_checkpoint_starts_anew_beside_what_it_left(done, t
 
 def test_a_failure_keeps_its_last_line_until_it_is_made_again(tmp_path):
     job = job_in(tmp_path)
-    broken = job._replace(flags=[*job.flags, "--env-id", "NoSuch-v1"])
-    problem = run.make_run(broken)
-    assert problem.startswith("exit code 2: error: --env-id: cannot make NoSuch-v1")
-    assert run.state_of(job) == "failed" and (Path(job.folder) / "failed.txt").read_text() == problem + "\n"
+    Path(job.folder).mkdir()
+    (Path(job.folder) / "output.log").write_text("step 500\nerror: loss is NaN\n")
+    assert run.outcome(job, 1) == "exit code 1: error: loss is NaN" and run.state_of(job) == "failed"
+    assert (Path(job.folder) / "failed.txt").read_text() == "exit code 1: error: loss is NaN\n"
+
+
+def test_a_script_that_was_stopped_is_neither_finished_nor_failed(tmp_path):
+    job = job_in(tmp_path)
+    assert run.outcome(job, 0) == "stopped after step 0 of 1,200" and run.state_of(job) == "new"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -246,7 +251,7 @@ def listening_addresses(pids: set[int]) -> set[str]:
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
-def test_a_local_instance_makes_what_is_missing_and_lists_what_failed(done, tmp_path):
+def test_a_local_instance_makes_what_is_missing_and_lists_what_failed(done, tmp_path, monkeypatch, capsys):
     some = ("--methods", "td3_dense", "--seeds", "1", "--tasks", "NoSuch-v1", "Pendulum-v1")
     process = launch(tmp_path, *some, "--cpus", "1")
     finished = Path(jobs_in(tmp_path, *some)[1].folder)
@@ -258,9 +263,10 @@ def test_a_local_instance_makes_what_is_missing_and_lists_what_failed(done, tmp_
     assert "not finished: NoSuch-v1/td3_dense_seed1: exit code 2: error: --env-id: cannot make NoSuch-v1" in err
     assert (finished / "results.csv").read_bytes() == results(done)
 
-    again = launch(tmp_path, *some)  # nothing to do, so there is no need for Ray
-    _, err = again.communicate(timeout=60)
-    assert again.returncode == 1 and "1 finished, 1 failed" in err and "made again by --retry-failed" in err
+    code, _, err = main(monkeypatch, capsys, *arguments(tmp_path, *some))  # nothing to do
+    assert code == 1 and "1 finished, 1 failed" in err and "made again by --retry-failed" in err
+    _, printed, _ = main(monkeypatch, capsys, *arguments(tmp_path, *some, "--retry-failed", "--dry-run"))
+    assert printed.count("\n") == 1 and "--env-id NoSuch-v1" in printed
     jobs = jobs_in(tmp_path, *some)
     assert [len(starts(job)) for job in jobs] == [1, 1]
     assert [run.state_of(job) for job in jobs] == ["failed", "finished"]

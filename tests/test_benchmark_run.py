@@ -51,6 +51,27 @@ def wait_for(condition, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
+def processes_below(pid: int) -> set[int]:
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            pass  # it has ended
+    found, more = set(), {pid}
+    while more:
+        found |= more
+        more = {child for child, parent in parents.items() if parent in found} - found
+    return found
+
+
+def open_files(pid: int) -> list[Path]:
+    try:
+        return [fd.readlink() for fd in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:  # one was closed just now
+        return []
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> run.Job:
     """A finished run that nothing has disturbed."""
@@ -119,9 +140,15 @@ def test_an_orphaned_script_saves_before_the_run_goes_on_elsewhere(tmp_path):
     job = job_in(tmp_path, **sizes)
     worker = make_elsewhere(job)
     wait_for(lambda: run.last_step(Path(job.folder)) >= 400)
+    (script,) = processes_below(worker.pid) - {worker.pid}
+    os.kill(script, signal.SIGSTOP)  # saving takes its time
     worker.kill()
     worker.wait()
-    other = make_elsewhere(job)  # waits for the lock, then resumes
+    other = make_elsewhere(job)
+    wait_for(lambda: run.lock_of(job) in open_files(other.pid))
+    time.sleep(2)
+    assert len(starts(job)) == 1  # it waits for the lock
+    os.kill(script, signal.SIGCONT)
     wait_for(lambda: len(starts(job)) == 2)
     saved = run.saved_step(Path(job.folder))
     assert saved >= 400 and "--resume" in starts(job)[1]
@@ -213,20 +240,6 @@ def test_without_ray_it_says_what_to_install(monkeypatch, capsys, tmp_path):
 def launch(out: Path, *args: str, **sizes) -> subprocess.Popen:
     command = [sys.executable, str(SCRIPT), *arguments(out, *args, **sizes)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def processes_below(pid: int) -> set[int]:
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            pass  # it has ended
-    found, more = set(), {pid}
-    while more:
-        found |= more
-        more = {child for child, parent in parents.items() if parent in found} - found
-    return found
 
 
 def listening_addresses(pids: set[int]) -> set[str]:

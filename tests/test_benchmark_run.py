@@ -126,12 +126,23 @@ def test_states_and_how_they_go_on(done, tmp_path, damage, state, resumes):
 
 
 # --- losing the process that makes a run ------------------------------------------------------------------------------
-def make_elsewhere(job: run.Job) -> subprocess.Popen:
-    code = f"import sys; sys.path[:0] = {sys.path!r}\nimport run; run.make_run(run.Job(*{tuple(job)!r}))"
-    return subprocess.Popen([sys.executable, "-c", code])
+@pytest.fixture
+def make_elsewhere():
+    """Makes a run in a process of its own, which is killed at the end at the latest."""
+    workers = []
+
+    def make(job: run.Job) -> subprocess.Popen:
+        code = f"import sys; sys.path[:0] = {sys.path!r}\nimport run; run.make_run(run.Job(*{tuple(job)!r}))"
+        workers.append(subprocess.Popen([sys.executable, "-c", code]))
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.kill()
+        worker.wait()
 
 
-def test_an_orphaned_script_saves_before_the_run_goes_on_elsewhere(tmp_path):
+def test_an_orphaned_script_saves_before_the_run_goes_on_elsewhere(tmp_path, make_elsewhere):
     sizes = {
         "steps": 200_000,
         "random": 199_000,

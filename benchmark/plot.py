@@ -2,12 +2,14 @@
 
 Run:   python benchmark/plot.py curves "NE-TD3=runs/a,runs/b" "TD3=runs/c" --out curves.png --title HalfCheetah-v5
        python benchmark/plot.py continual "NE-TD3=runs/a,runs/b" "TD3=runs/c" --out continual.png
+       python benchmark/plot.py figure6    from the runs of benchmark/run.py; likewise the other figures of matrix.py
 """
 
 import csv
 import functools
 import glob
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -128,8 +130,14 @@ def draw_panel(ax, labels: dict[str, list[Seed]], name: str, columns: list[str])
         for column, style in zip(columns, STYLES, strict=False):
             draw(ax, seeds, column, colour, style)
     ax.set_ylabel(name)
+    dress(ax, columns)
+
+
+def dress(ax, columns: list[str]) -> None:
+    """What all panels look like."""
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
+    ax.xaxis.set_major_formatter(step_label)
     if columns[0].startswith("ne/"):
         bottom = min(ax.get_ylim()[0], 0.95)
         ax.set_ylim(bottom, 1 + 0.04 * (1 - bottom))  # shares end at 1, and so do the ticks
@@ -138,17 +146,22 @@ def draw_panel(ax, labels: dict[str, list[Seed]], name: str, columns: list[str])
 def finish(figure: Figure, axes, labels: dict[str, list], title: str, out: Path, svg: bool) -> None:
     """What all panels have in common, then the files. Raises: SystemExit(2) where they cannot be written."""
     axes[-1].set_xlabel("environment steps")
-    axes[-1].xaxis.set_major_formatter(step_label)
     figure.align_ylabels(axes)
     handles = [Line2D([], [], color=c, linewidth=2, label=n) for n, c in zip(labels, COLOURS, strict=False)]
     for name, style in zip(("critics", "actor"), STYLES, strict=True):
         handles.append(Line2D([], [], color="grey", linewidth=2, linestyle=style, label=name))
     figure.suptitle(title)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
-    for file in [out, out.with_suffix(".svg")] if svg else [out]:
+    save = functools.partial(figure.savefig, dpi=150)
+    write(dict.fromkeys([out, out.with_suffix(".svg")] if svg else [out], save))
+
+
+def write(files: dict[Path, Callable]) -> None:
+    """Files by what writes them. Raises: SystemExit(2) where they cannot be written."""
+    for file, save in files.items():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(file, dpi=150)
+            save(file)
         except OSError as e:
             die(f"cannot write {file}: {e}")
         print(f"wrote {file}")
@@ -255,4 +268,6 @@ def continual(
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"curves": curves, "continual": continual})
+    import figures  # which draws with what is above
+
+    tyro.extras.subcommand_cli_from_dict({"curves": curves, "continual": continual} | figures.SUBCOMMANDS)

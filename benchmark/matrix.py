@@ -1,0 +1,262 @@
+"""The figures as data: which runs each of them is made of. run.py makes the runs, figures.py draws them.
+
+A run is METHODS[name] on a task with a seed. Its folder is TASK/NAME_seedN whichever figure asks for it, so figures
+share runs.
+§, Figure and Table refer to the paper, arXiv 2410.07994; tasks and values that its text does not give are marked ours.
+"""
+
+from typing import NamedTuple
+
+NE, TD3 = "ne_td3_continuous.py", "baselines/td3_continuous.py"
+NE_CONTINUAL, TD3_CONTINUAL = "ne_td3_continual.py", "baselines/td3_continual.py"
+NE_DRQ, DRQ = "ne_drq_dmc.py", "baselines/drq_dmc.py"
+
+
+class Method(NamedTuple):
+    label: str  # in figures and tables
+    script: str
+    flags: str = ""  # {words} are filled in from LENGTHS
+    cost: float = (
+        1.0  # time per step on a CPU, in that of the script without a method (docs/baselines.md, docs/speed.md)
+    )
+
+
+METHODS = {  # name in folders and file names: method
+    "ne_td3": Method("NE-TD3", NE),
+    # --- rivals (§5.1) ---
+    "td3_dense": Method("TD3", TD3),
+    "td3_reset": Method("Reset", TD3, "--method reset --reset-interval {reset}"),
+    "td3_redo": Method("ReDo", TD3, "--method redo"),
+    "td3_layer_norm": Method("LayerNorm", TD3, "--method layer-norm", cost=1.3),
+    "td3_injection": Method("Plasticity Injection", TD3, "--method injection", cost=1.4),
+    "td3_recency": Method("recency-weighted", TD3, "--method recency"),
+    # --- how to start and what to grow, without review (§4.1, §4.2) ---
+    "static_25": Method("static, density 0.25", NE, "--growth none --sparse-init uniform --review-floor 1"),
+    "static_50": Method(
+        "static, density 0.5", NE, "--growth none --sparse-init uniform --initial-density 0.5 --review-floor 1"
+    ),
+    "random_uniform": Method(
+        "random growth, uniform start", NE, "--growth random --sparse-init uniform --no-prune --review-floor 1"
+    ),
+    "random_erdos_renyi": Method("random growth", NE, "--growth random --no-prune --review-floor 1"),
+    "gradient_uniform": Method(
+        "gradient growth, uniform start", NE, "--sparse-init uniform --no-prune --review-floor 1"
+    ),
+    "gradient_erdos_renyi": Method("gradient growth", NE, "--no-prune --review-floor 1"),
+    "ne_td3_no_review": Method("NE without review", NE, "--review-floor 1"),
+    # --- parts of NE (§5.1, Figure 7; what its reviewers asked for) ---
+    "ne_td3_actor_only": Method("NE on the actor only", NE, "--no-ne-critic"),
+    "ne_td3_critic_only": Method("NE on the critics only", NE, "--no-ne-actor"),
+    "ne_td3_no_prune": Method("NE without pruning", NE, "--no-prune"),
+    "ne_td3_no_growth": Method("NE without growth", NE, "--growth none"),
+    # --- NE with others (§C) ---
+    "ne_td3_layer_norm": Method("NE + LayerNorm", NE, "--layer-norm", cost=1.3),
+    "ne_td3_redo": Method("NE + ReDo", NE, "--redo-interval 1000"),
+    "ne_td3_reset": Method("NE + Reset", NE, "--reset-interval {reset}"),
+    # --- larger networks (§B.1) ---
+    "ne_td3_scale2": Method("NE, scale 2", NE, "--scale 2", cost=2),
+    "ne_td3_scale3": Method("NE, scale 3", NE, "--scale 3", cost=2.6),
+    "ne_td3_scale4": Method("NE, scale 4", NE, "--scale 4", cost=3.2),
+    "td3_dense_scale2": Method("TD3, scale 2", TD3, "--scale 2", cost=2),
+    "td3_dense_scale3": Method("TD3, scale 3", TD3, "--scale 3", cost=2.6),
+    "td3_dense_scale4": Method("TD3, scale 4", TD3, "--scale 4", cost=3.2),
+    # --- sensitivity, one value changed at a time (values ours) ---
+    "ne_td3_alpha_half": Method("α / 2", NE, "--grow-rate {alpha_half}"),
+    "ne_td3_alpha_twice": Method("α · 2", NE, "--grow-rate {alpha_twice}"),
+    "ne_td3_interval_quarter": Method("ΔT / 4, α solved", NE, "--grow-interval {interval_quarter}"),
+    "ne_td3_interval_twice": Method("ΔT · 2, α solved", NE, "--grow-interval {interval_twice}"),
+    "ne_td3_omega_10": Method("ω = 0.1", NE, "--prune-ratio 0.1"),
+    "ne_td3_omega_80": Method("ω = 0.8", NE, "--prune-ratio 0.8"),
+    "ne_td3_density_10": Method("D = 0.1", NE, "--initial-density 0.1"),
+    "ne_td3_density_50": Method("D = 0.5", NE, "--initial-density 0.5"),
+    "ne_td3_density_75": Method("D = 0.75", NE, "--initial-density 0.75"),
+    # --- a sequence of tasks (§5.2) ---
+    "ne_td3_continual": Method("NE-TD3", NE_CONTINUAL),
+    "td3_continual": Method("TD3", TD3_CONTINUAL),
+    "td3_continual_reset": Method("Reset", TD3_CONTINUAL, "--method reset"),
+    # --- from pixels (§5.3) ---
+    "ne_drq": Method("NE-DrQ", NE_DRQ),
+    "drq": Method("DrQ", DRQ),
+    "drq_reset": Method("Reset", DRQ, "--method reset --reset-interval {drq_reset}"),
+    "drq_redo": Method("ReDo", DRQ, "--method redo"),
+    "drq_layer_norm": Method("LayerNorm", DRQ, "--method layer-norm"),
+    "drq_injection": Method("Plasticity Injection", DRQ, "--method injection"),
+}
+
+
+class Figure(NamedTuple):
+    title: str
+    methods: tuple[str, ...]  # in the order of the legend
+    tasks: tuple[str, ...]
+    reference: str  # the method whose return is 1 in the aggregate
+    quick_tasks: int = 1  # how many of the tasks, from the first, with --quick
+    quick_seeds: int = 3
+
+
+CHEETAH = ("HalfCheetah-v5",)
+TWO = ("HalfCheetah-v5", "Ant-v5")  # where the paper says two tasks and not which (ours)
+MUJOCO = ("HalfCheetah-v5", "Humanoid-v5", "Ant-v5", "Hopper-v5")
+CONTINUAL = ("continual",)  # the sequence of all four; its scripts have no --env-id
+DMC = ("walker_walk", "reacher_easy", "reacher_hard", "cartpole_swingup_sparse")
+
+RIVALS = ("td3_dense", "td3_reset", "td3_redo", "td3_layer_norm", "td3_injection")
+DRQ_RIVALS = ("drq", "drq_reset", "drq_redo", "drq_layer_norm", "drq_injection")
+SCALES = ("ne_td3", "ne_td3_scale2", "ne_td3_scale3", "ne_td3_scale4")
+SCALES += ("td3_dense", "td3_dense_scale2", "td3_dense_scale3", "td3_dense_scale4")
+SEQUENCE = ("ne_td3_continual", "td3_continual", "td3_continual_reset")
+
+FIGURES = {
+    # --- of the paper ---
+    "figure2": Figure(
+        "Naive growth against static networks (§4.1)",
+        ("random_uniform", "td3_dense", "static_50", "static_25"),
+        CHEETAH,
+        reference="td3_dense",
+    ),
+    "figure3": Figure(
+        "Random or gradient growth, uniform or Erdos-Renyi start, pruning; no review (§4.2)",
+        ("ne_td3_no_review", "td3_dense", "gradient_erdos_renyi", "gradient_uniform")
+        + ("random_erdos_renyi", "random_uniform"),
+        CHEETAH,
+        reference="td3_dense",
+    ),
+    "figure6": Figure("NE and its rivals (§5.1)", ("ne_td3", *RIVALS), MUJOCO, reference="td3_dense"),
+    "figure7": Figure(
+        "Experience review; NE on one network only (§5.1)",
+        ("ne_td3", "td3_dense", "ne_td3_no_review", "ne_td3_actor_only", "ne_td3_critic_only"),
+        TWO,
+        reference="td3_dense",
+    ),
+    "figure8": Figure("A sequence of tasks: active ratio (§5.2)", SEQUENCE, CONTINUAL, reference="td3_continual"),
+    "figure9": Figure("A sequence of tasks: return (§5.2)", SEQUENCE, CONTINUAL, reference="td3_continual"),
+    "figure10": Figure("DrQ, from pixels (§5.3)", ("ne_drq", *DRQ_RIVALS), DMC, reference="drq", quick_seeds=2),
+    "figure11": Figure(
+        "NE together with its rivals (§C)",
+        ("ne_td3", "ne_td3_layer_norm", "td3_layer_norm", "ne_td3_redo", "td3_redo", "ne_td3_reset", "td3_reset"),
+        TWO,
+        reference="ne_td3",  # as in the paper
+    ),
+    "scale-up": Figure("Larger networks (§B.1)", SCALES, CHEETAH, reference="td3_dense", quick_seeds=1),
+    # --- asked for by the paper's reviewers ---
+    "components": Figure(
+        "NE without one of its parts; growth alone",
+        ("ne_td3", "td3_dense", "ne_td3_no_prune", "gradient_erdos_renyi", "ne_td3_no_growth", "ne_td3_no_review"),
+        TWO,
+        reference="td3_dense",
+    ),
+    "alpha": Figure(
+        "Sensitivity to the growth rate α",
+        ("ne_td3", "td3_dense", "ne_td3_alpha_half", "ne_td3_alpha_twice"),
+        TWO,
+        reference="td3_dense",
+    ),
+    "interval": Figure(
+        "Sensitivity to the interval ΔT between rounds",
+        ("ne_td3", "td3_dense", "ne_td3_interval_quarter", "ne_td3_interval_twice"),
+        TWO,
+        reference="td3_dense",
+    ),
+    "omega": Figure(
+        "Sensitivity to the pruning bound ω (0.4 by default)",
+        ("ne_td3", "td3_dense", "ne_td3_no_prune", "ne_td3_omega_10", "ne_td3_omega_80"),
+        TWO,
+        reference="td3_dense",
+    ),
+    "density": Figure(
+        "Sensitivity to the initial density D (0.25 by default)",
+        ("ne_td3", "td3_dense", "ne_td3_density_10", "ne_td3_density_50", "ne_td3_density_75"),
+        TWO,
+        reference="td3_dense",
+    ),
+    # --- ours ---
+    "replay": Figure(
+        "Reviews of old experience against a preference for recent experience",
+        ("ne_td3", "td3_dense", "ne_td3_no_review", "td3_recency"),
+        TWO,
+        reference="td3_dense",
+    ),
+}
+
+SEEDS = 7  # as in the paper
+
+
+class Length(NamedTuple):
+    flags: dict[str, str]  # script: flags of all its runs
+    words: dict[str, float]  # what {words} in the flags of METHODS stand for
+
+
+_SHORT, _QUICK = "--total-timesteps 200000", "--total-timesteps 30000 --learning-starts 5000 --eval-frequency 2000"
+_QUICK += " --eval-episodes 3 --checkpoint-frequency 5000"
+_QUICK_CONTINUAL = "--steps-per-task 4000 --learning-starts 2000 --eval-frequency 4000 --eval-episodes 2"
+_QUICK_CONTINUAL += " --checkpoint-frequency 4000"
+_QUICK_DRQ = "--total-timesteps 20000 --frame-size 48 --channels 16 --hidden-dim 256 --batch-size 16"
+_QUICK_DRQ += " --stddev-duration 5000 --buffer-size 15000 --eval-frequency 5000 --eval-episodes 1"
+_QUICK_DRQ += " --checkpoint-frequency 4000"
+
+# α halved and doubled is that of the default schedule: 2 / rounds * ln(0.75 / 0.05), with 97, 17 and 24 rounds
+LENGTHS = {
+    "full": Length(  # all defaults: a million steps, three for the sequence; 1.1 or 3.1 million frames
+        dict.fromkeys((NE, TD3, NE_CONTINUAL, TD3_CONTINUAL, NE_DRQ, DRQ), ""),
+        {"reset": 200_000, "drq_reset": 200_000, "alpha_half": 0.028, "alpha_twice": 0.112}
+        | {"interval_quarter": 2_500, "interval_twice": 20_000},
+    ),
+    "short": Length(  # the length of the runs in results/
+        {NE: _SHORT, TD3: _SHORT}
+        | dict.fromkeys((NE_CONTINUAL, TD3_CONTINUAL), "--steps-per-task 50000")
+        | dict.fromkeys((NE_DRQ, DRQ), "--total-timesteps 500000"),
+        {"reset": 100_000, "drq_reset": 200_000, "alpha_half": 0.16, "alpha_twice": 0.64}
+        | {"interval_quarter": 2_500, "interval_twice": 20_000},
+    ),
+    "quick": Length(  # a figure in about an hour on two cores; says that everything works, not which method is better
+        {NE: f"{_QUICK} --grow-interval 1000", TD3: _QUICK}
+        | {NE_CONTINUAL: f"{_QUICK_CONTINUAL} --grow-interval 1000", TD3_CONTINUAL: _QUICK_CONTINUAL}
+        | {NE_DRQ: f"{_QUICK_DRQ} --grow-interval 500", DRQ: _QUICK_DRQ},
+        {"reset": 15_000, "drq_reset": 10_000, "alpha_half": 0.113, "alpha_twice": 0.451}
+        | {"interval_quarter": 250, "interval_twice": 2_000},
+    ),
+}
+
+# Steps (frames) of the quick versions per second and core, evaluations included; for the estimate of --dry-run
+QUICK_SPEED = {NE: 90, TD3: 90, NE_CONTINUAL: 60, TD3_CONTINUAL: 60, NE_DRQ: 45, DRQ: 45}
+
+
+class Run(NamedTuple):
+    name: str  # key of METHODS
+    task: str
+    seed: int
+    script: str
+    flags: str
+
+    @property
+    def path(self) -> str:
+        """Folder of the run, or CSV file without its ending, below the folder of all runs of one length."""
+        return f"{self.task}/{self.name}_seed{self.seed}"
+
+
+def runs_of(length: str, seeds: int, tasks: tuple[str, ...], methods: tuple[str, ...]) -> list[Run]:
+    """Seed by seed, so that an unfinished figure has all methods on all tasks."""
+    runs = []
+    for seed in range(1, seeds + 1):
+        for task in tasks:
+            for name in methods:
+                method, where = METHODS[name], LENGTHS[length]
+                env_id = "" if (task,) == CONTINUAL else f"--env-id {task}"
+                flags = (env_id, f"--seed {seed}", where.flags[method.script], method.flags.format_map(where.words))
+                runs.append(Run(name, task, seed, method.script, " ".join(part for part in flags if part)))
+    return runs
+
+
+def choose(
+    figure: str, quick: bool, short: bool, seeds: int | None, tasks: tuple[str, ...], methods: tuple[str, ...]
+) -> tuple[str, int, tuple[str, ...], tuple[str, ...]]:
+    """Length, seeds, tasks and methods of a figure, by default its own. Raises: ValueError for what cannot be."""
+    if quick and short:
+        raise ValueError("--quick must be left out with --short")
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {seeds}")
+    whole = FIGURES[figure]
+    if unknown := [name for name in methods if name not in whole.methods]:
+        raise ValueError(f"--methods must be of {', '.join(whole.methods)}, got {', '.join(unknown)}")
+    own = whole.tasks[: whole.quick_tasks] if quick else whole.tasks
+    length = "quick" if quick else "short" if short else "full"
+    return length, seeds or (whole.quick_seeds if quick else SEEDS), tasks or own, methods or whole.methods

@@ -312,23 +312,23 @@ def main() -> None:
     counts = [f"{count} {kind}" for kind in kinds if (count := list(states.values()).count(kind))]
     print(f"{args.figure}: {len(jobs)} runs, {', '.join(counts)}", file=sys.stderr)
     makes = {"interrupted", "new"} | ({"failed"} if args.retry_failed else set())
-    todo = [job for job in jobs if states[job.name] in makes]
+    due = [job for job in jobs if states[job.name] in makes]
     if args.quick:
-        minutes = sum(job.cost for job in todo) / 60
+        minutes = sum(job.cost for job in due) / 60
         print(f"about {minutes:.0f} minutes, divided by the number of cores", file=sys.stderr)
     if args.dry_run:
-        return print_commands(todo)
+        return print_commands(due)
     problems = {}
     for job in jobs:
-        if states[job.name] == "failed" and job not in todo:
+        if states[job.name] == "failed" and job not in due:
             problems[job.name] = (
                 f"{(Path(job.folder) / 'failed.txt').read_text().strip()}; made again by --retry-failed"
             )
-    if todo:
+    if due:
         try:
             ray = start_ray(args)
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray has set a handler of its own
-            problems |= make_all(ray, todo, args)
+            problems |= make_all(ray, due, args)
         except KeyboardInterrupt:
             print("stopped; the same command continues", file=sys.stderr)
             raise SystemExit(130) from None

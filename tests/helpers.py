@@ -165,6 +165,15 @@ def assert_updates_read_no_values(agent, batch, reads: str) -> None:
         agent.update_critic(batch._replace(**{reads: elsewhere}))
 
 
+def assert_moments_forgotten(adam: torch.optim.Adam, layer, outputs: torch.Tensor, inputs: torch.Tensor) -> None:
+    """Adam's moments, which were 1 and 2 everywhere, are 0 for what ReDo drew (`outputs`) or silenced (`inputs`)."""
+    changed = outputs[:, None] | inputs  # (out, in)
+    for moment, value in (("exp_avg", 1.0), ("exp_avg_sq", 2.0)):
+        weight, bias = (adam.state[p][moment] for p in (layer.weight, layer.bias))
+        assert not weight[changed].any() and (weight[~changed] == value).all()
+        assert not bias[outputs].any() and (bias[~outputs] == value).all()
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 # (flags, what the message says)
 REFUSED_TD3 = [

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import ne_td3_continuous as ne
 import td3_continuous as td3
 import utils_topology as topology
-from helpers import assert_updates_read_no_values, make_agent, train
+from helpers import assert_moments_forgotten, assert_updates_read_no_values, make_agent, train
 
 CPU = torch.device("cpu")
 
@@ -129,11 +129,7 @@ def test_redo_draws_incoming_weights_and_biases_anew_and_zeroes_outgoing_weights
 def test_redo_forgets_the_moments_of_what_it_changed_and_no_others():
     before, after, dormant = redone()
     for name, _, new, outputs, inputs in walk(before, after, dormant):
-        changed = outputs[:, None] | inputs
-        for moment, value in (("exp_avg", 1.0), ("exp_avg_sq", 2.0)):
-            weight, bias = (after.optimizers[name].state[p][moment] for p in (new.weight, new.bias))
-            assert not weight[changed].any() and (weight[~changed] == value).all()
-            assert not bias[outputs].any() and (bias[~outputs] == value).all()
+        assert_moments_forgotten(after.optimizers[name], new, outputs, inputs)
 
 
 def test_redo_works_in_place_so_that_the_optimiser_trains_what_it_drew():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import drq_dmc as drq
 import ne_drq_dmc as ne
 import utils_topology as topology
-from helpers import PIXELS, assert_equal, pixel_agent
+from helpers import PIXELS, assert_equal, assert_moments_forgotten, pixel_agent
 
 torch.set_num_threads(1)  # as the script does
 
@@ -151,11 +151,7 @@ def test_redo_draws_incoming_weights_anew_and_zeroes_outgoing_ones(tau):
 def test_redo_forgets_the_moments_of_what_it_changed_and_no_others():
     before, after, dormant = redone()
     for name, _, new, outputs, inputs in walk(before, after, dormant):
-        changed = outputs[:, None] | inputs
-        for moment, value in (("exp_avg", 1.0), ("exp_avg_sq", 2.0)):
-            weight, bias = (after.optimizers[name].state[p][moment] for p in (new.weight, new.bias))
-            assert not weight[changed].any() and (weight[~changed] == value).all()
-            assert not bias[outputs].any() and (bias[~outputs] == value).all()
+        assert_moments_forgotten(after.optimizers[name], new, outputs, inputs)
     states = [after.optimizers[n].state[p] for n, part in parts(after).items() for p in part.parameters()]
     assert states and all((state["exp_avg"] == 1).all() for state in states)
 

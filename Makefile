@@ -40,7 +40,7 @@ gl:  ## install the libraries that off-screen rendering needs (Debian, as root)
 test: $(VENV)/.requirements-dev gl  ## linter, format check and fast tests, in two processes
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.requirements-dev gl  ## the tests that take minutes
 	$(RUN) -m pytest -m slow

@@ -1,5 +1,6 @@
 """Running the scripts as their users do and comparing what they leave behind; small agents; what all refuse."""
 
+import copy
 import csv
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
 import ne_td3_continuous as ne
+import utils_topology as topology
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "ne_td3_continuous.py"
@@ -163,6 +166,60 @@ def assert_updates_read_no_values(agent, batch, reads: str) -> None:
     elsewhere = torch.zeros(getattr(batch, reads).shape, device="cpu")
     with pytest.raises(RuntimeError, match="device"):
         agent.update_critic(batch._replace(**{reads: elsewhere}))
+
+
+# --- what a method changes in the networks ----------------------------------------------------------------------------
+def values(module: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
+    return len(one) == len(two) > 0 and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def none_equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
+    return len(one) == len(two) > 0 and not any(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def linear_layers(mlp: nn.Module) -> list[nn.Linear]:
+    return [part for part in mlp.modules() if isinstance(part, nn.Linear)]
+
+
+def silence_some(agent) -> None:
+    """Makes every third hidden neuron of each MLP dormant."""
+    for layer in (layer for mlps in agent.mlps.values() for mlp in mlps for layer in linear_layers(mlp)[:-1]):
+        layer.bias.data[::3] = -100.0
+
+
+def redone(redo, agent, batch, tau: float):
+    """An agent before and after one `redo` with every third neuron dormant: (before, after, which).
+
+    Adam's moments are 1 and 2 everywhere before.
+    """
+    silence_some(agent)
+    for state in (state for adam in agent.optimizers.values() for state in adam.state.values()):
+        state["exp_avg"].fill_(1.0)
+        state["exp_avg_sq"].fill_(2.0)
+    dormant = {  # those silenced, and with tau > 0 weak ones too
+        name: [[topology.dormant(h, tau) for h in mlp] for mlp in mlps] for name, mlps in agent.hidden(batch).items()
+    }
+    layers = [h for mlps in dormant.values() for mlp in mlps for h in mlp]
+    assert all(h[::3].all() and not h.all() for h in layers)
+    assert (sum(int(h.sum()) - len(h[::3]) for h in layers) > 20) == (tau > 0.5)
+    before = copy.deepcopy(agent)
+    redo(agent, batch)
+    return before, agent, dormant
+
+
+def walk(before, after, dormant: dict):
+    """Yields (network, old layer, layer, dormant outputs (out,), dormant inputs (in,)) of every layer of the MLPs."""
+    for name in after.mlps:
+        for old, new, which in zip(before.mlps[name], after.mlps[name], dormant[name], strict=True):
+            old, new = linear_layers(old), linear_layers(new)
+            outputs = [*which, torch.zeros(new[-1].out_features, dtype=torch.bool)]
+            inputs = [torch.zeros(new[0].in_features, dtype=torch.bool), *which]
+            for layers in zip(old, new, outputs, inputs, strict=True):
+                yield name, *layers
 
 
 def assert_moments_forgotten(adam: torch.optim.Adam, layer, outputs: torch.Tensor, inputs: torch.Tensor) -> None:

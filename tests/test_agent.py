@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import helpers
 import ne_td3_continuous as ne
 import utils_topology as topology
-from helpers import make_agent
+from helpers import make_agent, silence_some
 
 CPU = torch.device("cpu")
 
@@ -29,13 +29,6 @@ def train(agent: ne.Agent, buffer: ne.ReplayBuffer, updates: int, rounds: int = 
 
 def all_layers(agent: ne.Agent) -> list[ne.MaskedLinear]:
     return [module for module in agent.modules() if isinstance(module, ne.MaskedLinear)]
-
-
-def silence_some(agent: ne.Agent) -> None:
-    """Makes a third of the hidden neurons dormant, with live weights."""
-    for mlp in (agent.actor, *agent.critic):
-        for layer in mlp.layers[:-1]:
-            layer.bias.data[::3] = -100.0
 
 
 # --- invariant 1: W == W * M, in online and target networks; biases are never masked ----------------------------------

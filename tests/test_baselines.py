@@ -1,6 +1,5 @@
 """The rivals of NE on TD3: what each changes, and nothing else."""
 
-import copy
 import sys
 
 import numpy as np
@@ -12,7 +11,17 @@ import torch.nn.functional as F
 import ne_td3_continuous as ne
 import td3_continuous as td3
 import utils_topology as topology
-from helpers import assert_moments_forgotten, assert_updates_read_no_values, make_agent, train
+from helpers import (
+    assert_moments_forgotten,
+    assert_updates_read_no_values,
+    equal,
+    make_agent,
+    redone,
+    silence_some,
+    train,
+    values,
+    walk,
+)
 
 CPU = torch.device("cpu")
 
@@ -23,21 +32,6 @@ def networks(agent) -> list[td3.MLP]:
 
 def targets(agent) -> list[td3.MLP]:
     return [agent.target_actor, *agent.target_critic]
-
-
-def values(module: nn.Module) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in module.parameters()]
-
-
-def equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
-    return len(one) == len(two) > 0 and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
-def silence_some(agent) -> None:
-    """Makes every third hidden neuron dormant."""
-    for mlp in networks(agent):
-        for layer in mlp.layers[:-1]:
-            layer.bias.data[::3] = -100.0
 
 
 # --- none -------------------------------------------------------------------------------------------------------------
@@ -82,39 +76,15 @@ def test_layer_norm_on_every_hidden_layer_and_none_on_the_output(method):
 
 
 # --- redo -------------------------------------------------------------------------------------------------------------
-def redone(tau: float = 0.1):
-    """An agent before and after one ReDo with every third neuron dormant: (before, after, which)."""
+def after_redo(tau: float = 0.1):
     agent, buffer = make_agent(td3, method="redo", redo_tau=tau)
     train(agent, buffer, 10)
-    silence_some(agent)
-    for adam in agent.optimizers.values():
-        for state in adam.state.values():
-            state["exp_avg"].fill_(1.0)
-            state["exp_avg_sq"].fill_(2.0)
-    batch = buffer.sample()
-    dormant = {  # those silenced, and with tau > 0 weak ones too
-        name: [[topology.dormant(h, tau) for h in mlp] for mlp in mlps] for name, mlps in agent.hidden(batch).items()
-    }
-    found = sum(int(h.sum()) for mlps in dormant.values() for mlp in mlps for h in mlp)
-    assert found >= 3 * (11 + 8) and (found > 3 * (11 + 8) + 20) == (tau > 0.5)
-    before = copy.deepcopy(agent)
-    td3.redo(agent, batch)
-    return before, agent, dormant
-
-
-def walk(before: td3.Agent, after: td3.Agent, dormant: dict):
-    """Yields (network, old layer, layer, dormant outputs (out,), dormant inputs (in,)) of every layer."""
-    for name in after.mlps:
-        for old, new, which in zip(before.mlps[name], after.mlps[name], dormant[name], strict=True):
-            outputs = [*which, torch.zeros(new.layers[-1].out_features, dtype=torch.bool)]
-            inputs = [torch.zeros(new.layers[0].in_features, dtype=torch.bool), *which]
-            for layers in zip(old.layers, new.layers, outputs, inputs, strict=True):
-                yield name, *layers
+    return redone(td3.redo, agent, buffer.sample(), tau)
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.6])
 def test_redo_draws_incoming_weights_and_biases_anew_and_zeroes_outgoing_weights(tau):
-    before, after, dormant = redone(tau)
+    before, after, dormant = after_redo(tau)
     for _, old, new, outputs, inputs in walk(before, after, dormant):
         assert not new.weight[:, inputs].any()  # 0 wins where a neuron is dormant at both ends
         drawn = new.weight[outputs][:, ~inputs]
@@ -127,7 +97,7 @@ def test_redo_draws_incoming_weights_and_biases_anew_and_zeroes_outgoing_weights
 
 
 def test_redo_forgets_the_moments_of_what_it_changed_and_no_others():
-    before, after, dormant = redone()
+    before, after, dormant = after_redo()
     for name, _, new, outputs, inputs in walk(before, after, dormant):
         assert_moments_forgotten(after.optimizers[name], new, outputs, inputs)
 
@@ -148,7 +118,7 @@ def test_redo_works_in_place_so_that_the_optimiser_trains_what_it_drew():
 
 
 def test_redo_leaves_the_targets():
-    before, after, _ = redone()
+    before, after, _ = after_redo()
     for old, new in zip(targets(before), targets(after), strict=True):
         assert equal(values(old), values(new))
 

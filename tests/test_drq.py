@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import ne_drq_dmc as ne
 import utils_topology as topology
 from fake_task import FakeTask
-from helpers import PIXELS, pixel_agent
+from helpers import PIXELS, pixel_agent, silence_some
 
 torch.set_num_threads(1)  # as the script does
 CPU = torch.device("cpu")
@@ -210,13 +210,6 @@ def topology_round(agent: ne.Agent, buffer: ne.ReplayBuffer, step: int, alpha: f
     return ne.topology_round(
         agent, buffer.sample(rng=agent.ne_rng), step, {"actor": (None, alpha / 2), "critic": (None, alpha)}
     )
-
-
-def silence_some(agent: ne.Agent) -> None:
-    """Makes a third of the hidden neurons of the heads dormant, with live weights."""
-    for mlp in agent.mlps["actor"] + agent.mlps["critic"]:
-        for layer in mlp.layers[:-1]:
-            layer.bias.data[::3] = -100.0
 
 
 @pytest.mark.parametrize(("size", "features"), [(15, 4), (24, 100), (84, 4 * 35 * 35)])

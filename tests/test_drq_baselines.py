@@ -9,8 +9,18 @@ import torch.nn.functional as F
 
 import drq_dmc as drq
 import ne_drq_dmc as ne
-import utils_topology as topology
-from helpers import PIXELS, assert_equal, assert_moments_forgotten, pixel_agent
+from helpers import (
+    PIXELS,
+    assert_equal,
+    assert_moments_forgotten,
+    equal,
+    none_equal,
+    pixel_agent,
+    redone,
+    silence_some,
+    values,
+    walk,
+)
 
 torch.set_num_threads(1)  # as the script does
 
@@ -23,25 +33,6 @@ def make_agent(**changes) -> tuple[drq.Agent, drq.ReplayBuffer]:
 def train(agent: drq.Agent, buffer: drq.ReplayBuffer, updates: int) -> None:
     for _ in range(updates):
         agent.update(buffer.sample())
-
-
-def values(module: nn.Module) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in module.parameters()]
-
-
-def equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
-    return len(one) == len(two) > 0 and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
-def none_equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
-    return len(one) == len(two) > 0 and not any(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
-def silence_some(agent: drq.Agent) -> None:
-    """Makes every third hidden neuron of the heads dormant."""
-    for head in heads(agent):
-        for layer in head[:-1:3]:
-            layer.bias.data[::3] = -100.0
 
 
 def heads(agent: drq.Agent) -> list[nn.Sequential]:
@@ -103,40 +94,15 @@ def test_layer_norm_on_the_hidden_layers_of_the_heads_and_none_on_the_output(met
 
 
 # --- redo -------------------------------------------------------------------------------------------------------------
-def redone(tau: float = 0.1):
-    """An agent before and after one ReDo with every third neuron dormant: (before, after, which)."""
+def after_redo(tau: float = 0.1):
     agent, buffer = make_agent(method="redo", redo_tau=tau)
     train(agent, buffer, 4)
-    silence_some(agent)
-    for adam in agent.optimizers.values():
-        for state in adam.state.values():
-            state["exp_avg"].fill_(1.0)
-            state["exp_avg_sq"].fill_(2.0)
-    batch = buffer.sample()
-    dormant = {  # those silenced, and with tau > 0 weak ones too
-        name: [[topology.dormant(h, tau) for h in head] for head in network]
-        for name, network in agent.hidden(batch).items()
-    }
-    assert all(h[::3].all() and not h.all() for network in dormant.values() for head in network for h in head)
-    before = copy.deepcopy(agent)
-    drq.redo(agent, batch)
-    return before, agent, dormant
-
-
-def walk(before: drq.Agent, after: drq.Agent, dormant: dict):
-    """Yields (network, old layer, layer, dormant outputs (out,), dormant inputs (in,)) of every layer of the heads."""
-    for name in ("actor", "critic"):
-        networks = getattr(before, name).heads, getattr(after, name).heads
-        for old, new, which in zip(*networks, dormant[name], strict=True):
-            outputs = [*which, torch.zeros(new[-1].out_features, dtype=torch.bool)]
-            inputs = [torch.zeros(new[0].in_features, dtype=torch.bool), *which]
-            for layers in zip(old[::3], new[::3], outputs, inputs, strict=True):
-                yield name, *layers
+    return redone(drq.redo, agent, buffer.sample(), tau)
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.6])
 def test_redo_draws_incoming_weights_anew_and_zeroes_outgoing_ones(tau):
-    before, after, dormant = redone(tau)
+    before, after, dormant = after_redo(tau)
     for _, old, new, outputs, inputs in walk(before, after, dormant):
         assert not new.weight[:, inputs].any()  # 0 wins where a neuron is dormant at both ends
         drawn = new.weight[outputs][:, ~inputs]
@@ -149,7 +115,7 @@ def test_redo_draws_incoming_weights_anew_and_zeroes_outgoing_ones(tau):
 
 
 def test_redo_forgets_the_moments_of_what_it_changed_and_no_others():
-    before, after, dormant = redone()
+    before, after, dormant = after_redo()
     for name, _, new, outputs, inputs in walk(before, after, dormant):
         assert_moments_forgotten(after.optimizers[name], new, outputs, inputs)
     states = [after.optimizers[n].state[p] for n, part in parts(after).items() for p in part.parameters()]
@@ -177,7 +143,7 @@ def test_redo_works_in_place_so_that_the_optimiser_trains_what_it_drew():
 
 
 def test_redo_leaves_targets_encoder_and_trunks():
-    before, after, _ = redone()
+    before, after, _ = after_redo()
     assert equal(values(before.target_critic), values(after.target_critic))
     assert equal(not_heads(before), not_heads(after))
 

@@ -228,6 +228,7 @@ def test_the_baseline_runs_from_anywhere_without_the_rest_of_the_repository(tmp_
         ("--batch-size 500 --buffer-size 400", "--buffer-size must be at least 500"),
         ("--buffer-size 11 --batch-size 2", "at least 12"),
         ("--learning-starts 5", "at least 6"),
+        ("--gamma 1.1", "in [0, 1], got 1.1"),
         ("--stddev 1.0 -0.1", "two numbers of at least 0"),
         ("--buffer-size 1000000000", "--buffer-size must be at most"),
     ],

@@ -303,7 +303,7 @@ def figure(
     length, seeds, tasks, methods = chosen
     found = read(name, methods, tasks, seeds, results or (Path("runs") / length,))
     text, out = caption(found, normalised(found)[1]), out or Path(f"{name}.png")
-    save = functools.partial(picture(found, text).savefig, dpi=150)
+    save = functools.partial(plot.save, picture(found, text))
     page = f"{table(found)}\n{text}\n"
     plot.write({out: save, out.with_suffix(".svg"): save, out.with_suffix(".md"): lambda file: file.write_text(page)})
 

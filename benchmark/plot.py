@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import matplotlib
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -152,8 +153,13 @@ def finish(figure: Figure, axes, labels: dict[str, list], title: str, out: Path,
         handles.append(Line2D([], [], color="grey", linewidth=2, linestyle=style, label=name))
     figure.suptitle(title)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
-    save = functools.partial(figure.savefig, dpi=150)
-    write(dict.fromkeys([out, out.with_suffix(".svg")] if svg else [out], save))
+    write(dict.fromkeys([out, out.with_suffix(".svg")] if svg else [out], functools.partial(save, figure)))
+
+
+def save(figure: Figure, file: Path) -> None:
+    """The same figure gives the same file, byte for byte."""
+    with matplotlib.rc_context({"svg.hashsalt": "same"}):
+        figure.savefig(file, dpi=150, metadata={"Date": None})
 
 
 def write(files: dict[Path, Callable]) -> None:

@@ -137,7 +137,7 @@ def texts(svg: Path) -> str:
 
 
 def test_a_figure_is_png_svg_and_markdown(partial, capsys):
-    out = partial / "new" / "figure.png"
+    out, again = partial / "new" / "figure.png", partial / "again.png"
     figures.figure("figure6", (partial,), seeds=3, tasks=("A-v1", "B-v1"), methods=("ne_td3", "td3_dense"), out=out)
     assert capsys.readouterr().out.splitlines() == [f"wrote {out.with_suffix(s)}" for s in (".png", ".svg", ".md")]
     height, width = imread(out).shape[:2]
@@ -145,6 +145,9 @@ def test_a_figure_is_png_svg_and_markdown(partial, capsys):
     said = texts(out.with_suffix(".svg"))
     for text in ("A-v1", "B-v1", "NE-TD3", "environment steps", "final return, TD3 = 1", "MISSING: NE-TD3: 2 of 3"):
         assert text in said
+    figures.figure("figure6", (partial,), seeds=3, tasks=("A-v1", "B-v1"), methods=("ne_td3", "td3_dense"), out=again)
+    for suffix in (".png", ".svg", ".md"):
+        assert out.with_suffix(suffix).read_bytes() == again.with_suffix(suffix).read_bytes()
     page = out.with_suffix(".md").read_text()
     assert page.startswith("|  | A-v1 | B-v1 |") and "MISSING" in page
 

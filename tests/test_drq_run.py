@@ -14,18 +14,9 @@ from PIL import Image
 
 import drq_dmc as drq
 import fake_task
+import helpers
 import ne_drq_dmc as ne
-from helpers import (
-    assert_equal,
-    assert_equal_runs,
-    assert_one_line,
-    assert_refused,
-    finish,
-    in_process,
-    kill_at,
-    launch,
-    rows,
-)
+from helpers import assert_equal_runs, assert_one_line, assert_refused, finish, in_process, kill_at, launch, rows
 
 BOTH = pytest.mark.parametrize("script", [ne, drq], ids=["ne_drq_dmc", "drq_dmc"])
 # The fake task's episodes are 20 frames, 10 agent steps. Update u is at frame 60 + 4 u, rows are every 100 frames,
@@ -191,10 +182,10 @@ def test_without_a_method_it_is_the_ne_script_without_ne(whole):
     one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (ours, theirs))
     of_masks = ("mask", "keep", "bound")
     weights = [value for name, value in two["agent"].items() if not name.endswith(of_masks)]
-    assert_equal([*one["agent"].values()], weights)
+    helpers.assert_equal([*one["agent"].values()], weights)
     for name, adam in one["optimizers"].items():
         assert len(adam["state"]) >= 8
-        assert_equal(adam["state"], two["optimizers"][name]["state"])
+        helpers.assert_equal(adam["state"], two["optimizers"][name]["state"])
 
 
 def test_before_an_injection_the_run_is_drq_v2(whole):

@@ -189,9 +189,9 @@ _SHORT, _QUICK = "--total-timesteps 200000", "--total-timesteps 30000 --learning
 _QUICK += " --eval-episodes 3 --checkpoint-frequency 5000"
 _QUICK_CONTINUAL = "--steps-per-task 4000 --learning-starts 2000 --eval-frequency 4000 --eval-episodes 2"
 _QUICK_CONTINUAL += " --checkpoint-frequency 4000"
-_QUICK_DRQ = "--total-timesteps 20000 --frame-size 48 --channels 16 --hidden-dim 256 --batch-size 16"
-_QUICK_DRQ += " --stddev-duration 5000 --buffer-size 15000 --eval-frequency 5000 --eval-episodes 1"
-_QUICK_DRQ += " --checkpoint-frequency 4000"
+_QUICK_DRQ = "--total-timesteps 12000 --frame-size 48 --channels 16 --hidden-dim 256 --batch-size 16"
+_QUICK_DRQ += " --learning-starts 2000 --stddev-duration 5000 --buffer-size 15000"
+_QUICK_DRQ += " --eval-frequency 3000 --eval-episodes 1 --checkpoint-frequency 3000"
 
 # α halved and doubled is that of the default schedule: 2 / rounds * ln(0.75 / 0.05), with 97, 17 and 24 rounds
 LENGTHS = {
@@ -211,13 +211,13 @@ LENGTHS = {
         {NE: f"{_QUICK} --grow-interval 1000", TD3: _QUICK}
         | {NE_CONTINUAL: f"{_QUICK_CONTINUAL} --grow-interval 1000", TD3_CONTINUAL: _QUICK_CONTINUAL}
         | {NE_DRQ: f"{_QUICK_DRQ} --grow-interval 500", DRQ: _QUICK_DRQ},
-        {"reset": 15_000, "drq_reset": 10_000, "alpha_half": 0.113, "alpha_twice": 0.451}
+        {"reset": 15_000, "drq_reset": 6_000, "alpha_half": 0.113, "alpha_twice": 0.451}
         | {"interval_quarter": 250, "interval_twice": 2_000},
     ),
 }
 
 # Steps (frames) of the quick versions per second and core, evaluations included; for the estimate of --dry-run
-QUICK_SPEED = {NE: 90, TD3: 90, NE_CONTINUAL: 60, TD3_CONTINUAL: 60, NE_DRQ: 45, DRQ: 45}
+QUICK_SPEED = {NE: 90, TD3: 90, NE_CONTINUAL: 60, TD3_CONTINUAL: 60, NE_DRQ: 20, DRQ: 20}
 
 
 class Run(NamedTuple):

@@ -237,6 +237,8 @@ def start_ray(args: Args):
     except ImportError:
         die("runs are scheduled by Ray: pip install -r requirements-benchmark.txt", code=1)
     services.resolve_ip_for_localhost = lambda host: host  # Ray would turn 127.0.0.1 into an address for all
+    # A shell script's background jobs are born with SIGINT ignored; Ray's workers, whose tasks it cancels, must not be
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options = {"address": args.address or "local"}
     if not args.address:
         options |= {"num_cpus": args.cpus or len(os.sched_getaffinity(0)), "object_store_memory": 100 * 2**20}

@@ -297,11 +297,14 @@ def test_a_local_instance_makes_what_is_missing_and_lists_what_failed(done, tmp_
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
+@pytest.mark.parametrize("sigint", [signal.SIG_DFL, signal.SIG_IGN], ids=["foreground", "background"])
+def test_ctrl_c_saves_and_the_same_command_continues(tmp_path, sigint):
     sizes = {"steps": 100_000, "random": 99_000, "checkpoints": 100_000}
     job = job_in(tmp_path, **sizes)
     some = ("--methods", "td3_dense", "--seeds", "2", "--cpus", "1")
+    ours = signal.signal(signal.SIGINT, sigint)  # a shell script's background jobs are born with SIGINT ignored
     process = launch(tmp_path, *some, **sizes)
+    signal.signal(signal.SIGINT, ours)
     wait_for(lambda: run.last_step(Path(job.folder)) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)

@@ -187,8 +187,8 @@ class Length(NamedTuple):
 
 _SHORT, _QUICK = "--total-timesteps 200000", "--total-timesteps 30000 --learning-starts 5000 --eval-frequency 2000"
 _QUICK += " --eval-episodes 3 --checkpoint-frequency 5000"
-_QUICK_CONTINUAL = "--steps-per-task 4000 --learning-starts 2000 --eval-frequency 4000 --eval-episodes 2"
-_QUICK_CONTINUAL += " --checkpoint-frequency 4000"
+_QUICK_CONTINUAL = "--steps-per-task 3000 --learning-starts 1500 --eval-frequency 3000 --eval-episodes 2"
+_QUICK_CONTINUAL += " --checkpoint-frequency 3000"
 _QUICK_DRQ = "--total-timesteps 12000 --frame-size 48 --channels 16 --hidden-dim 256 --batch-size 16"
 _QUICK_DRQ += " --learning-starts 2000 --stddev-duration 5000 --buffer-size 15000"
 _QUICK_DRQ += " --eval-frequency 3000 --eval-episodes 1 --checkpoint-frequency 3000"
@@ -217,7 +217,7 @@ LENGTHS = {
 }
 
 # Steps (frames) of the quick versions per second and core, evaluations included; for the estimate of --dry-run
-QUICK_SPEED = {NE: 90, TD3: 90, NE_CONTINUAL: 60, TD3_CONTINUAL: 60, NE_DRQ: 20, DRQ: 20}
+QUICK_SPEED = {NE: 90, TD3: 90, NE_CONTINUAL: 50, TD3_CONTINUAL: 50, NE_DRQ: 20, DRQ: 20}
 
 
 class Run(NamedTuple):

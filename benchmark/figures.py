@@ -6,6 +6,7 @@ Precipice: interquartile means with 95% intervals of a bootstrap that is stratif
 
 import functools
 import textwrap
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,14 +91,15 @@ def iqm(*tasks: np.ndarray, axis: int) -> np.ndarray:
 def interval(*tasks: np.ndarray) -> np.ndarray:
     """Bounds (2, ...) of the 95% interval of the interquartile mean of (seeds, ...), seeds drawn anew within each task.
 
-    NaN where a task has one seed only.
+    NaN where a task has one seed only, or no value, as the active ratios before the first update.
     """
-    from scipy.stats import bootstrap
+    from scipy.stats import DegenerateDataWarning, bootstrap
 
     if min(len(scores) for scores in tasks) < 2:
         return np.full((2, *tasks[0].shape[1:]), np.nan)
     options = {"axis": 0, "method": "percentile", "n_resamples": RESAMPLES, "rng": np.random.default_rng(0)}
-    return np.stack(bootstrap(tasks, iqm, **options).confidence_interval)
+    with warnings.catch_warnings(action="ignore", category=DegenerateDataWarning):  # of the NaN
+        return np.stack(bootstrap(tasks, iqm, **options).confidence_interval)
 
 
 def normalised(results: Results) -> tuple[dict[str, list[np.ndarray]], list[str]]:

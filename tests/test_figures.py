@@ -2,6 +2,7 @@
 
 import csv
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,9 @@ def test_the_interval_draws_seeds_within_each_task():
     low, high = figures.interval(scores)
     assert low < figures.iqm(scores, axis=0) < high and 0.4 < high - low < 1.0  # about 2 * 1.96 * 1.1 * 2 / sqrt(200)
     assert np.isnan(figures.interval(np.array([1.0]))).all()
+    with warnings.catch_warnings(action="error"):  # no word about a column without values
+        low, high = figures.interval(np.array([[np.nan, 1.0], [np.nan, 2.0]]))
+    assert np.isnan([low[0], high[0]]).all() and (low[1], high[1]) == (1, 2)
 
 
 def test_scores_are_means_over_the_last_tenth_in_those_of_the_reference(partial):

@@ -36,6 +36,10 @@ class Results(NamedTuple):
     def label(self, method: str) -> str:
         return matrix.METHODS[method].label
 
+    @property
+    def wanted(self) -> str:
+        return "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+
     def end(self, task: str) -> float:
         """Last step of the longest run on a task; the other ones are unfinished if they are shorter. 0 without runs."""
         return max((run["step"][-1] for method in self.methods for run in self.runs[method][task]), default=0)
@@ -123,7 +127,7 @@ def missing(results: Results) -> list[str]:
         who: dict[str, list[str]] = {}
         for method in results.methods:
             runs, whole = results.runs[method][task], len(results.finished(method, task))
-            said = [] if whole == results.seeds else [f"{whole or 'none'} of {results.seeds} seeds"]
+            said = [] if whole == results.seeds else [f"{whole or 'none'} of {results.wanted}"]
             if len(runs) > whole:
                 ends = sorted({run["step"][-1] for run in runs} - {results.end(task)})
                 said.append(f"{len(runs) - whole} more up to step {' and '.join(map(plot.step_label, ends))}")
@@ -154,7 +158,7 @@ def caption(results: Results, tasks: list[str]) -> str:
     if left := [matrix.METHODS[m].label for m in results.figure.methods if m not in results.methods]:
         gaps.append(f"left out: {', '.join(left)}")
     if results.seeds < matrix.SEEDS:
-        gaps.append(f"{results.seeds} seeds instead of {matrix.SEEDS}")
+        gaps.append(f"{results.wanted} instead of {matrix.SEEDS}")
     return text + (f"MISSING: {'; '.join(gaps)}." if gaps else "Nothing is missing.")
 
 
@@ -263,7 +267,7 @@ def picture(results: Results, text: str) -> Figure:
             ax.tick_params(labelbottom=i == rows - 1)
     above.align_ylabels(axes[:, 0])
     for ax in axes[-1]:
-        ax.set_xlabel("environment steps")
+        ax.set_xlabel(results.figure.steps)
     if scores:
         draw_bars(above.add_subplot(places[:, -1]), results, scores)
     named = [(results.label(m), c) for m, c in zip(results.methods, COLOURS, strict=False)]

@@ -91,6 +91,7 @@ class Figure(NamedTuple):
     reference: str  # the method whose return is 1 in the aggregate
     quick_tasks: int = 1  # how many of the tasks, from the first, with --quick
     quick_seeds: int = 3
+    steps: str = "environment steps"  # what its scripts count
 
 
 CHEETAH = ("HalfCheetah-v5",)
@@ -129,7 +130,14 @@ FIGURES = {
     ),
     "figure8": Figure("A sequence of tasks: active ratio (§5.2)", SEQUENCE, CONTINUAL, reference="td3_continual"),
     "figure9": Figure("A sequence of tasks: return (§5.2)", SEQUENCE, CONTINUAL, reference="td3_continual"),
-    "figure10": Figure("DrQ, from pixels (§5.3)", ("ne_drq", *DRQ_RIVALS), DMC, reference="drq", quick_seeds=2),
+    "figure10": Figure(
+        "DrQ, from pixels (§5.3)",
+        ("ne_drq", *DRQ_RIVALS),
+        DMC,
+        reference="drq",
+        quick_seeds=2,
+        steps="environment frames",
+    ),
     "figure11": Figure(
         "NE together with its rivals (§C)",
         ("ne_td3", "ne_td3_layer_norm", "td3_layer_norm", "ne_td3_redo", "td3_redo", "ne_td3_reset", "td3_reset"),

@@ -110,7 +110,7 @@ def test_what_was_not_asked_for_is_said_too(tmp_path):
     write_run(tmp_path, "td3_dense", "HalfCheetah-v5", 1, [1])
     text = figures.caption(read(tmp_path, methods=("td3_dense",), tasks=("HalfCheetah-v5",), seeds=1), [])
     assert "left out: Humanoid-v5, Ant-v5, Hopper-v5; left out: NE-TD3, Reset" in text
-    assert text.endswith("1 seeds instead of 7.")
+    assert text.endswith(" 1 seed instead of 7.")
 
 
 def test_a_started_run_without_rows_is_no_result(tmp_path):
@@ -162,7 +162,14 @@ def test_the_figure_of_a_sequence_has_a_panel_per_task(tmp_path, capsys):
         write_continual(tmp_path / "continual" / f"{name}_seed1", value=value)
     figures.figure("figure9", (tmp_path,), seeds=1, out=tmp_path / "figure9.png")
     said = texts(tmp_path / "figure9.svg")
-    assert "Big-v1" in said and "Small-v1" in said and "Reset: none of 1 seeds on Big-v1, Small-v1" in said
+    assert "Big-v1" in said and "Small-v1" in said and "Reset: none of 1 seed on Big-v1, Small-v1" in said
+
+
+def test_the_figure_from_pixels_counts_frames(tmp_path):
+    write_run(tmp_path, "drq", "walker_walk", 1, [1, 2])
+    figures.figure("figure10", (tmp_path,), tasks=("walker_walk",), seeds=1, out=tmp_path / "figure10.png")
+    said = texts(tmp_path / "figure10.svg")
+    assert "environment frames" in said and "environment steps" not in said
 
 
 @pytest.mark.parametrize(

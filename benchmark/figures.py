@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 import matrix
 import plot
 
-COLOURS = [*plot.COLOURS, "#808080"]
+COLOURS = [*plot.COLOURS, "#7a4a1e"]  # brown; grey stands for any method in legends
 COLUMNS = [column for _, columns in plot.PANELS for column in columns]
 RATIOS, DENSITIES = plot.PANELS[1][1], plot.PANELS[2][1]
 RESAMPLES = 2_000

@@ -1,24 +1,33 @@
 """Neuroplastic Expansion (NE) on TD3, continuous control from states, in one file.
 
-Paper: Neuroplastic Expansion in Deep Reinforcement Learning, arXiv 2410.07994; §, Eq. and Table below refer to it.
-Run:   python ne_td3_continuous.py --env-id HalfCheetah-v5 --seed 1    (--help lists all flags)
-       2.5 hours per million steps on one CPU core; a return of 5,500 to 6,000 after 200,000 steps of a run that long
-With --initial-density 1 --review-floor 1 it is TD3, bit for bit. Deviations from the paper, numbered: docs/ne_td3.md
+Paper: Neuroplastic Expansion in Deep Reinforcement Learning, arXiv 2410.07994.
+       §, Eq. and Table refer to it; docs/ne_td3.md numbers the deviations from it.
+Run:   python ne_td3_continuous.py --env-id HalfCheetah-v5    (--help lists all flags)
+       2.5 hours per million steps on one CPU core; a return of 5,500 to 6,000
+       after 200,000 steps of a run that long
+With --initial-density 1 --review-floor 1 it is TD3, bit for bit.
+
+Part one is the algorithm, to be read beside the paper. Part two, from `die` to the end,
+surrounds a run, knows nothing of the algorithm, and is the same text in every script.
 """
 
 import copy
 import csv
+import fcntl
 import gc
+import itertools
 import json
 import math
 import os
+import platform
+import re
+import shlex
 import signal
 import sys
 import threading
 import time
-from collections import Counter
-from dataclasses import dataclass
-from functools import partial
+import zipfile
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -35,198 +44,283 @@ import utils_topology as topology
 
 
 @dataclass
-class Args:
-    # --- run ---
-    exp_name: str = "ne_td3_continuous"  # name of this experiment, part of the run's name
-    env_id: str = "HalfCheetah-v5"  # Gymnasium id of a task with flat Box observations and bounded Box actions
-    seed: int = 1  # seed of everything random, >= 0
-    total_timesteps: int = 1_000_000  # length of the run in environment steps
-    cuda: bool = True  # use the GPU if there is one
-    cudagraphs: bool = True  # on CUDA: capture the two updates once and replay them; off: eager
-    compile: bool = False  # compile losses and gradients: faster on a CPU after half a minute, needs a C++ compiler
-    torch_threads: int = 1  # CPU threads of torch; networks this small run best with one and several runs side by side
-    torch_deterministic: bool = True  # on CUDA: deterministic kernels where there are any
-    run_dir: str | None = None  # where all files go; default runs/{env_id}__{exp_name}__{seed}__{unix_time}
-    track: bool = False  # also log to Weights & Biases (needs `pip install wandb`)
-    wandb_project_name: str = "neuroplastic-expansion"  # project on Weights & Biases
-    wandb_entity: str | None = None  # team on Weights & Biases
-    capture_video: bool = False  # record the first episode of each evaluation (needs moviepy and OpenGL)
-    eval_frequency: int = 5_000  # environment steps between two rows of results.csv (TD3 reference code)
-    eval_episodes: int = 10  # per evaluation: deterministic policy, own environment and seed (TD3 reference code)
-    checkpoint_frequency: int = 50_000  # environment steps; written at the first episode end after each
-    resume: str | None = None  # RUN_DIR of an interrupted run: continue it exactly, with its own arguments
-    evaluate: str | None = None  # path of a checkpoint: evaluate its policy for --eval-episodes and exit
-    # --- TD3 (Fujimoto et al. 2018; values of the reference code) ---
-    learning_rate: float = 3e-4  # Adam's step size, actor and critics
-    batch_size: int = 256  # transitions per update
-    buffer_size: int = 1_000_000  # transitions kept
-    gamma: float = 0.99  # discount factor per step
-    tau: float = 0.005  # Polyak step of the target networks, per actor update
-    learning_starts: int = 25_000  # environment steps with uniform random actions before the first update
-    exploration_noise: float = 0.1  # standard deviation of the exploration noise; unit: half the action range
-    policy_noise: float = 0.2  # standard deviation of the target policy's smoothing noise; unit: half the action range
-    noise_clip: float = 0.5  # bound of the smoothing noise; unit: half the action range
-    policy_frequency: int = 2  # critic updates per update of actor and targets
-    actor_hidden: tuple[int, ...] = (256, 128)  # widths of the actor's hidden layers (Table 1)
-    critic_hidden: tuple[int, ...] = (256, 128)  # widths of the hidden layers of each critic (Table 1)
-    scale: int = 1  # scale-up study (§B.1): 1 = the widths above; s > 1 = width 256 throughout and s - 1 more layers
-    layer_norm: bool = False  # Linear -> LayerNorm -> ReLU on every hidden layer (Lyle et al. 2024)
-    # --- Neuroplastic Expansion ---
-    ne_actor: bool = True  # NE on the actor; off: dense from the start (Figure 7b)
-    ne_critic: bool = True  # NE on both critics; off: dense from the start (Figure 7b)
-    initial_density: float = 0.25  # D, share of connections active at the start (ours); 1 = dense, nothing to grow
-    sparse_init: Literal["erdos-renyi", "uniform"] = "erdos-renyi"  # how D is spread over the layers (§4.2)
-    growth: Literal["gradient", "random", "none"] = "gradient"  # largest |gradient| (§4.2), any (§4.1), static
-    grow_interval: int = 10_000  # Delta T, environment steps between two rounds (authors' README)
-    grow_rate: float | None = None  # alpha of the cosine (§4.2); default: solved for --final-density (ours)
-    final_density: float = 0.95  # density to reach at the end of growth when alpha is solved (ours)
-    growth_end: int | None = None  # T_end, environment step after which nothing grows; default: the last step (§B.2)
-    prune: bool = True  # prune and reset dormant neurons after growing (§4.2)
-    prune_ratio: float = 0.4  # omega, at most this share of what a round grows is pruned (authors' code)
-    weight_clip: float = 2.0  # kappa: reset neurons stay within kappa / sqrt(fan-in); 0 = off (§B.2; value ours)
-    review_fraction: float = 0.25  # oldest share of the buffer that is reviewed (§4.2)
-    review_interval: int = 1_000  # c, updates between two counts of dormant neurons (ours)
-    review_decay: float = 0.005  # weight of the newest reduction in the review threshold epsilon (ours)
-    review_floor: float = 0.65  # least epsilon, so at most 1 - floor of the batches are reviews (ours); 1 = no review
-    review_tau: float = 0.1  # a neuron counts as dormant for the review when its score (Eq. 1) is at most this (ours)
-    redo_interval: int = 0  # NE + ReDo (§C): updates between two resets of dormant neurons (Sokar et al. 2023); 0 = off
-    redo_tau: float = 0.1  # NE + ReDo: a neuron is dormant when its score (Eq. 1) is at most this
-    reset_interval: int = 0  # NE + Reset (§C): environment steps between two (Nikishin et al. 2022); 0 = off
+class RunArgs:
+    """What is run, and what it writes."""
+
+    exp_name: str = "ne_td3_continuous"
+    """name of this experiment, part of the run's name"""
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium id, or module:id, of a task with flat Boxes of floats"""
+    seed: int = 1
+    """seed of everything random"""
+    total_timesteps: int = 1_000_000
+    """length of the run in environment steps"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    cudagraphs: bool = True
+    """on CUDA: capture the two updates once and replay them"""
+    compile: bool = False
+    """compile losses and gradients; needs a C++ compiler and half a minute"""
+    torch_threads: int = 1
+    """CPU threads of torch; networks this small run best with one"""
+    run_dir: str | None = None
+    """where all files go; default: runs/{env_id}__{exp_name}__{seed}__{unix_time}"""
+    eval_frequency: int = 5_000
+    """environment steps between two rows of results.csv (TD3 reference code)"""
+    eval_episodes: int = 10
+    """episodes per evaluation, deterministic policy (TD3 reference code)"""
+    max_episode_steps: int = 10_000
+    """longer episodes are cut off; far above the limits of all known tasks"""
+    checkpoint_frequency: int = 50_000
+    """environment steps between checkpoints, each at the next episode end"""
+    resume: str | None = None
+    """folder of an interrupted run: continue it exactly, with its own arguments"""
+    track: bool = False
+    """log to Weights and Biases as well"""
+    wandb_project_name: str = "neuroplastic-expansion"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """team of --track"""
 
 
-def die(message: str, code: int = 2) -> NoReturn:
-    """One clear line and a non-zero exit: 2 for a mistake on the command line, 1 for what went wrong later."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+@dataclass
+class TD3Args:
+    """Fujimoto et al. 2018; values of the reference code, widths of the paper."""
+
+    learning_rate: float = 3e-4
+    """Adam's step size, actor and critics"""
+    batch_size: int = 256
+    """transitions per update"""
+    buffer_size: int = 1_000_000
+    """transitions kept"""
+    gamma: float = 0.99
+    """discount factor per step"""
+    tau: float = 0.005
+    """Polyak step of the target networks, per actor update"""
+    learning_starts: int = 25_000
+    """environment steps with uniform random actions before the first update"""
+    exploration_noise: float = 0.1
+    """standard deviation of the exploration noise; unit: half the action range"""
+    policy_noise: float = 0.2
+    """standard deviation of the target policy's smoothing; unit: half the action range"""
+    noise_clip: float = 0.5
+    """bound of the smoothing noise; unit: half the action range"""
+    policy_frequency: int = 2
+    """critic updates per update of actor and targets"""
+    actor_hidden: tuple[int, ...] = (256, 128)
+    """widths of the actor's hidden layers (Table 1)"""
+    critic_hidden: tuple[int, ...] = (256, 128)
+    """widths of the hidden layers of each critic (Table 1)"""
 
 
-RANGES = [  # of each flag; None, where it is a default, is not checked
-    ("at least 0", lambda x: x >= 0, "seed exploration_noise policy_noise noise_clip weight_clip review_tau"),
-    ("at least 0", lambda x: x >= 0, "redo_interval redo_tau reset_interval"),
-    ("at least 1", lambda x: x >= 1, "total_timesteps torch_threads eval_frequency eval_episodes batch_size"),
-    ("at least 1", lambda x: x >= 1, "checkpoint_frequency learning_starts buffer_size policy_frequency"),
-    ("at least 1", lambda x: x >= 1, "grow_interval growth_end review_interval"),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma tau grow_rate review_decay review_floor"),
-    ("in (0, 1]", lambda x: 0 < x <= 1, "learning_rate initial_density review_fraction"),
-    ("in [0, 1), so that every round grows on net", lambda x: 0 <= x < 1, "prune_ratio"),
-    ("widths of at least 1", lambda x: min(x, default=0) >= 1, "actor_hidden critic_hidden"),
-    ("1, 2, 3 or 4", lambda x: x in (1, 2, 3, 4), "scale"),
-]
+@dataclass
+class NEArgs:
+    """Neuroplastic Expansion, and what it is combined with (§C)."""
+
+    ne_actor: bool = True
+    """NE on the actor; off: dense from the start (Figure 7b)"""
+    ne_critic: bool = True
+    """NE on both critics; off: dense from the start (Figure 7b)"""
+    initial_density: float = 0.25
+    """D, share of connections active at the start (ours); 1: dense, nothing to grow"""
+    sparse_init: Literal["erdos-renyi", "uniform"] = "erdos-renyi"
+    """how D is spread over the layers (§4.2)"""
+    growth: Literal["gradient", "random", "none"] = "gradient"
+    """largest |gradient| (§4.2), any (§4.1), static"""
+    grow_interval: int | None = None
+    """Delta T, environment steps between rounds (ours); default: run / 100"""
+    grow_rate: float | None = None
+    """alpha of the cosine (§4.2); default: solved for --final-density (ours)"""
+    final_density: float = 0.95
+    """density to reach at the end of growth when alpha is solved (ours)"""
+    growth_end: int | None = None
+    """T_end, environment step after which nothing grows (§B.2); default: the last"""
+    prune: bool = True
+    """prune and reset dormant neurons after growing (§4.2)"""
+    prune_ratio: float = 0.4
+    """omega, share of all that has grown that may be pruned (authors' code)"""
+    weight_clip: float = 2.0
+    """kappa: reset neurons stay within kappa / sqrt(n_in) (§B.2; value ours); 0: off"""
+    review_fraction: float = 0.25
+    """oldest share of the buffer that is reviewed (§4.2)"""
+    review_rule: Literal["slope", "level"] = "slope"
+    """review more as the dormant count stops falling, or the higher it is (ours)"""
+    review_interval: int | None = None
+    """c, updates between counts of dormant neurons (ours); default: all / 1,000"""
+    review_decay: float | None = None
+    """weight of the newest count in epsilon (ours); default: floor reached at half the run"""
+    review_floor: float = 0.65
+    """least epsilon: at most 1 - floor of the batches are reviews (ours); 1: no reviews"""
+    review_tau: float = 0.1
+    """for the review, a neuron is dormant at a score (Eq. 1) of at most this (ours)"""
+    layer_norm: bool = False
+    """NE + LayerNorm (Lyle et al. 2024): Linear, LayerNorm, ReLU in every hidden layer"""
+    redo_interval: int = 0
+    """NE + ReDo (Sokar et al. 2023): updates between two; 0: off"""
+    redo_tau: float = 0.1
+    """NE + ReDo: a neuron is dormant at a score (Eq. 1) of at most this"""
+    reset_interval: int = 0
+    """NE + Reset (Nikishin et al. 2022): environment steps between two; 0: off"""
 
 
-def make_env(env_id: str, videos: Path | None = None, episodes: int = 1) -> gym.Env:
-    """One environment with actions in [-1, 1], rescaled to its own bounds; `videos` gets every `episodes`-th episode.
-
-    Raises: SystemExit(2) where it cannot be made, or has not flat Box observations and bounded flat Box actions.
-    """
-    try:
-        env = gym.make(env_id, render_mode="rgb_array" if videos else None)
-        if videos:
-            env.reset()
-            env.render()
-            env = gym.wrappers.RecordVideo(env, str(videos), episode_trigger=lambda episode: episode % episodes == 0)
-    except Exception as e:  # each environment and each renderer has errors of its own
-        renders = os.environ.get("MUJOCO_GL") != "disable" and not isinstance(e, gym.error.UnregisteredEnv)
-        flag = "--capture-video needs moviepy and OpenGL (Debian: libegl1, libgl1)" if renders else "--env-id"
-        die(f"{flag}: cannot make {env_id}: {' '.join(str(e).split())}")
-    obs, act = env.observation_space, env.action_space
-    flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs, act))
-    if not flat or obs.dtype.kind != "f" or not np.isfinite(act.high - act.low).all():
-        die(f"--env-id needs flat Box observations of floats, flat Box actions with finite bounds; got {obs} and {act}")
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+@dataclass
+class Args(NEArgs, TD3Args, RunArgs):
+    """All flags."""
 
 
+@dataclass
+class Progress:
+    """What a run has done so far."""
+
+    updates: int = 0
+    reviewed: int = 0  # updates whose batch was a review
+    epsilon: float = 1.0  # a batch is a review with probability 1 - epsilon
+    dormant: int | None = None  # the critics' dormant neurons when last counted
+    # connections of each MLP of a network, so far
+    planned: dict[str, list[int]] = field(default_factory=dict)
+    grown: dict[str, list[int]] = field(default_factory=dict)
+    pruned: dict[str, list[int]] = field(default_factory=dict)
+    # returns of the episodes since the last evaluation
+    returns: list[float] = field(default_factory=list)
+    # of the last uniform batch
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    # evaluations that are due, in order: (row, weights of the actor)
+    postponed: list[tuple[dict, dict]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, agent):
+        """At the start: nothing is planned, grown or pruned in any MLP."""
+        progress = cls()
+        for name, network in agent.networks.items():
+            progress.planned[name] = [0] * len(network.mlps)
+            progress.grown[name] = [0] * len(network.mlps)
+            progress.pruned[name] = [0] * len(network.mlps)
+        return progress
+
+
+# --- replay buffer ------------------------------------------------------------
 class Batch(NamedTuple):
-    """Views of preallocated tensors. `noise` is standard normal, for the smoothing of the target policy."""
+    """B transitions. All but `noise` are views of `rows`; `noise` is standard normal."""
 
+    rows: torch.Tensor  # (B, obs + act + obs + 2)
     obs: torch.Tensor  # (B, obs)
-    obs_actions: torch.Tensor  # (B, obs + act), observation and action in [-1, 1], the critics' input
+    obs_actions: torch.Tensor  # (B, obs + act), action in [-1, 1]; the critics' input
     next_obs: torch.Tensor  # (B, obs)
     rewards: torch.Tensor  # (B,)
-    terminated: torch.Tensor  # (B,), 1.0 where the episode ended, but not by its time limit
-    noise: torch.Tensor  # (B, act)
+    terminated: torch.Tensor  # (B,), 1.0 at an end that is not the time limit's
+    noise: torch.Tensor  # (B, act), for the smoothing of the target policy
 
 
 class ReplayBuffer:
-    """A ring of transitions on the device, one float32 row each: obs | action | next obs | reward | terminated."""
+    """A ring of rows on the device: obs | action | next obs | reward | terminated."""
 
-    def __init__(self, capacity: int, n_obs: int, n_act: int, batch_size: int, seed: int, device: torch.device):
-        columns = [n_obs, n_act, n_obs, 1, 1]
-        try:
-            self.data = torch.empty(capacity, sum(columns), device=device)
-        except RuntimeError:
-            die(f"--buffer-size must fit in memory, got {capacity} ({capacity * sum(columns) * 4 / 2**30:.1f} GiB)")
-        self.capacity, self.position, self.size = capacity, 0, 0
+    def __init__(self, capacity: int, n_obs: int, n_act: int, seed: int, device: torch.device):
+        self.n_obs = n_obs
+        self.n_act = n_act
+        self.data = torch.empty(capacity, 2 * n_obs + n_act + 2, device=device)
+        self.row = np.empty(self.data.shape[1], dtype=np.float32)
+        self.position = 0  # of the next row
+        self.size = 0
         self.rng = torch.Generator(device).manual_seed(seed)
-        self.row = np.empty(sum(columns), dtype=np.float32)
-        self.rows = torch.empty(batch_size, sum(columns), device=device)  # every batch is written here
-        obs, _, next_obs, rewards, terminated = self.rows.split(columns, dim=1)
-        noise = torch.empty(batch_size, n_act, device=device)
-        self.batch = Batch(obs, self.rows[:, : n_obs + n_act], next_obs, rewards[:, 0], terminated[:, 0], noise)
 
-    def add(self, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, reward: float, terminated: bool) -> None:
-        np.concatenate((obs, action, next_obs, (reward, terminated)), out=self.row, casting="same_kind")
+    def add(self, obs, action, next_obs, reward: float, terminated: bool) -> None:
+        end = (reward, terminated)
+        np.concatenate((obs, action, next_obs, end), out=self.row, casting="same_kind")
         self.data[self.position].copy_(torch.from_numpy(self.row), non_blocking=True)
-        self.position = (self.position + 1) % self.capacity
-        self.size = min(self.size + 1, self.capacity)
+        self.position = (self.position + 1) % len(self.data)
+        self.size = min(self.size + 1, len(self.data))
 
-    def sample(self, oldest: float = 1.0, rng: torch.Generator | None = None) -> Batch:
-        """A uniform batch from the oldest share of the buffer, written into the same tensors at every call."""
-        rng = rng or self.rng
-        first = self.position if self.size == self.capacity else 0  # the oldest row, also when the ring has wrapped
+    def new_batch(self, size: int) -> Batch:
+        """Memory for `sample` to fill: a CUDA graph reads the same tensors every time."""
+        rows = torch.empty(size, self.data.shape[1], device=self.data.device)
+        columns = [self.n_obs, self.n_act, self.n_obs, 1, 1]
+        obs, _, next_obs, rewards, terminated = rows.split(columns, dim=1)
+        obs_actions = rows[:, : self.n_obs + self.n_act]
+        noise = torch.empty(size, self.n_act, device=rows.device)
+        ends = terminated[:, 0]
+        return Batch(rows, obs, obs_actions, next_obs, rewards[:, 0], ends, noise)
+
+    def sample(self, batch: Batch, oldest: float = 1.0, rng=None) -> None:
+        """Fills `batch` uniformly from the oldest share of the buffer."""
+        rng = rng or self.rng  # a torch.Generator
+        first = self.position if self.size == len(self.data) else 0  # the oldest row
         count = max(1, int(oldest * self.size))
-        index = (first + torch.randint(count, (len(self.rows),), generator=rng, device=rng.device)) % self.capacity
-        torch.index_select(self.data, 0, index.to(self.data.device), out=self.rows)
-        self.batch.noise.copy_(torch.randn(self.batch.noise.shape, generator=rng, device=rng.device))
-        return self.batch
+        age = torch.randint(count, (len(batch.rows),), generator=rng, device=rng.device)
+        index = (first + age) % len(self.data)  # (B,), age 0 is the oldest
+        torch.index_select(self.data, 0, index.to(self.data.device), out=batch.rows)
+        noise = torch.randn(batch.noise.shape, generator=rng, device=rng.device)
+        batch.noise.copy_(noise)
 
     def state_dict(self) -> dict:
-        """The filled part only; on the CPU a view with a storage of its own length, so that saving copies nothing."""
+        # through NumPy, because torch would save the whole storage of a slice
         filled = torch.from_numpy(self.data[: self.size].cpu().numpy())
-        return {"filled": filled, "position": self.position, "rng": self.rng.get_state()}
+        state = {"capacity": len(self.data), "filled": filled, "position": self.position}
+        state["rng"] = self.rng.get_state()
+        return state
 
     def load_state_dict(self, state: dict) -> None:
-        self.size, self.position = len(state["filled"]), state["position"]
+        """Raises: ValueError for a buffer of another size."""
+        if state["capacity"] != len(self.data):
+            raise ValueError(f"it must hold {len(self.data):,} rows, got {state['capacity']:,}")
+        self.size = len(state["filled"])
+        self.position = state["position"]
         self.data[: self.size] = state["filled"]
         self.rng.set_state(state["rng"])
 
 
+# --- networks with masks ------------------------------------------------------
 class MaskedLinear(nn.Linear):
-    """A linear layer whose weight (out, in) is exactly 0 wherever the boolean mask (out, in) is False.
+    """A linear layer whose weight (out, in) is 0 wherever its mask (out, in) is 0.
 
-    `forward` ignores the mask, so autograd gives the dense gradient, which growth looks at; the optimiser's step then
-    multiplies it by `keep`. `bound` (out, in) limits |weight|: infinite, except for neurons that were reset.
+    It has no forward of its own: the weight itself is kept masked, and autograd gives the
+    dense gradient, which growth looks at and `Network.step` masks. With weight * mask in
+    the forward pass, the gradient of a masked weight would be 0.
     """
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out)
-        self.initial_density, self.clipped = 1.0, False
-        self.register_buffer("mask", torch.ones(n_out, n_in, dtype=torch.bool))
-        self.register_buffer("keep", torch.ones(n_out, n_in))  # the mask as floats: 8 times faster to multiply by
-        self.register_buffer("bound", torch.full((n_out, n_in), math.inf))
+        self.initial_density = 1.0
+        self.register_buffer("mask", torch.ones(n_out, n_in))
+        self.register_buffer("bound", torch.full((n_out, n_in), math.inf))  # of |weight|
+        self.clipped = False  # whether any bound is finite
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, in) -> (B, out); compiled, bias and ReLU share a loop
-        return x @ self.weight.t() + self.bias if torch.compiler.is_compiling() else super().forward(x)
+    def draw(self, neurons: int, rng: torch.Generator):
+        """Weights (neurons, in) and biases (neurons,), as nn.Linear draws them."""
+        uniform = torch.rand(neurons, self.in_features + 1, generator=rng)
+        values = (2 * uniform - 1) / math.sqrt(self.in_features)
+        values = values.to(self.weight.device)
+        return values[:, :-1], values[:, -1]
+
+    def get_extra_state(self) -> bool:
+        return self.clipped
+
+    def set_extra_state(self, clipped: bool) -> None:
+        self.clipped = clipped
 
 
 class MLP(nn.Module):
-    """Hidden layers (masked linear, LayerNorm if asked for, ReLU) and a masked linear output."""
+    """Hidden layers (masked linear, LayerNorm if asked for, ReLU), then a masked linear."""
 
     def __init__(self, sizes: list[int], layer_norm: bool):
         super().__init__()
-        self.layers = nn.ModuleList(MaskedLinear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False))
-        self.norms = nn.ModuleList(nn.LayerNorm(n) if layer_norm else nn.Identity() for n in sizes[1:-1])
+        self.layers = nn.ModuleList()
+        for n_in, n_out in itertools.pairwise(sizes):
+            self.layers.append(MaskedLinear(n_in, n_out))
+        self.norms = nn.ModuleList()
+        for n in sizes[1:-1]:
+            self.norms.append(nn.LayerNorm(n) if layer_norm else nn.Identity())
 
     def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, sizes[0]) -> [(B, n), ...] of the hidden layers."""
         hidden = []
-        for layer, norm in zip(self.layers, self.norms, strict=False):
+        for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
             x = F.relu(norm(layer(x)), inplace=True)
             hidden.append(x)
         return hidden
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers[-1](self.activations(x)[-1])  # (B, sizes[-1])
+        hidden = self.activations(x)
+        return self.layers[-1](hidden[-1])  # (B, sizes[-1])
 
 
 class Actor(MLP):
@@ -235,9 +329,17 @@ class Actor(MLP):
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return torch.tanh(super().forward(obs))
 
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> list[torch.Tensor]:
+        return self.activations(batch.obs)
+
     @torch.inference_mode()
-    def act(self, obs: np.ndarray) -> np.ndarray:  # (obs,) -> (act,)
-        return self(torch.as_tensor(obs, dtype=torch.float32).to(self.layers[0].weight.device)[None])[0].cpu().numpy()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """(obs,) -> (act,)."""
+        device = self.layers[0].weight.device
+        row = torch.as_tensor(obs, dtype=torch.float32).to(device)
+        actions = self(row[None])  # (1, act)
+        return actions[0].cpu().numpy()
 
 
 class Critic(MLP):
@@ -246,399 +348,1000 @@ class Critic(MLP):
     def forward(self, obs_actions: torch.Tensor) -> torch.Tensor:
         return super().forward(obs_actions)[:, 0]
 
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> list[torch.Tensor]:
+        return self.activations(batch.obs_actions)
+
+
+# --- agent: TD3 on masked networks --------------------------------------------
+class Network:
+    """What one optimiser trains, the actor or both critics, and their targets."""
+
+    def __init__(self, mlps: list[MLP], targets: list[MLP], learning_rate: float):
+        self.mlps = mlps
+        self.layers = []
+        self.params = []
+        for mlp in mlps:
+            self.layers += mlp.layers
+            self.params += mlp.parameters()
+        self.target_layers = []
+        self.target_params = []
+        for target in targets:
+            self.target_layers += target.layers
+            self.target_params += target.parameters()
+        self.optimizer = topology.adam(self.params, learning_rate)
+        for layer in self.layers:
+            # a CUDA graph is captured before the first reset
+            layer.clipped = layer.mask.is_cuda
+
+    @torch.no_grad()
+    def step(self, gradients: tuple[torch.Tensor, ...]) -> None:
+        """One step of Adam on the active connections; `gradients` of `params` are dense."""
+        gradient_of = dict(zip(self.params, gradients, strict=True))
+        for layer in self.layers:
+            gradient_of[layer.weight].mul_(layer.mask)
+        topology.adam_step(self.optimizer, gradients)
+        # §B.2, weight clipping of neurons that were reset (Elsayed et al. 2024)
+        for layer in self.layers:
+            if layer.clipped:
+                layer.weight.clamp_(-layer.bound, layer.bound)
+
+    @torch.no_grad()
+    def update_targets(self, tau: float) -> None:
+        """Polyak averaging: target <- (1 - tau) * target + tau * online."""
+        for p, target in zip(self.params, self.target_params, strict=True):
+            target.lerp_(p, tau)
+
+    def hidden(self, batch: Batch) -> list[torch.Tensor]:
+        """Activations [(B, n), ...] of the hidden layers of all MLPs."""
+        hidden = []
+        for mlp in self.mlps:
+            hidden += mlp.hidden(batch)
+        return hidden
+
 
 class Agent(nn.Module):
-    """Actor, twin critics, their targets and optimisers. Both updates are pure functions of a batch, all in place."""
+    """Actor, twin critics and their targets; both updates are functions of a batch."""
 
-    def __init__(self, args: Args, n_obs: int, n_act: int, ne_seed: int, device: torch.device):
+    def __init__(self, args: Args, n_obs: int, n_act: int, ne_seed: int, device):
         super().__init__()
-        self.ne_rng = torch.Generator().manual_seed(ne_seed)  # all that NE draws, so that it shifts nothing else
-        self.args, deeper = args, (256,) * (args.scale + 1) if args.scale > 1 else None  # §B.1
-        self.actor = Actor([n_obs, *(deeper or args.actor_hidden), n_act], args.layer_norm)
-        sizes = [n_obs + n_act, *(deeper or args.critic_hidden), 1]
-        self.critic = nn.ModuleList(Critic(sizes, args.layer_norm) for _ in range(2))
-        for mlp in [self.actor] * args.ne_actor + [*self.critic] * args.ne_critic:
-            topology.sparsify(mlp.layers, args.initial_density, args.sparse_init, self.ne_rng)  # §4.2
-        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.args = args
+        # all that NE draws: it must not shift exploration noise and batches
+        self.ne_rng = torch.Generator().manual_seed(ne_seed)
+        actor_sizes = [n_obs, *args.actor_hidden, n_act]
+        critic_sizes = [n_obs + n_act, *args.critic_hidden, 1]
+        self.actor = Actor(actor_sizes, args.layer_norm)
+        self.critic_1 = Critic(critic_sizes, args.layer_norm)
+        self.critic_2 = Critic(critic_sizes, args.layer_norm)
+        # §4.2, sparse start
+        sparse = []
+        if args.ne_actor:
+            sparse += [self.actor]
+        if args.ne_critic:
+            sparse += [self.critic_1, self.critic_2]
+        for mlp in sparse:
+            density = args.initial_density
+            topology.sparsify(mlp.layers, density, args.sparse_init, self.ne_rng)
+        self.target_actor = copy.deepcopy(self.actor)
+        self.target_critic_1 = copy.deepcopy(self.critic_1)
+        self.target_critic_2 = copy.deepcopy(self.critic_2)
         self.to(device)
-        self.mlps = {"actor": [self.actor], "critic": [*self.critic]}
-        self.layers = {name: [layer for mlp in mlps for layer in mlp.layers] for name, mlps in self.mlps.items()}
-        self.target_layers = [layer for mlp in (self.target_actor, *self.target_critic) for layer in mlp.layers]
-        self.params = {name: [p for mlp in mlps for p in mlp.parameters()] for name, mlps in self.mlps.items()}
-        self.online = [p.detach() for p in (*self.actor.parameters(), *self.critic.parameters())]
-        self.targets = [*self.target_actor.parameters(), *self.target_critic.parameters()]
-        self.optimizers = {name: topology.adam(p, args.learning_rate) for name, p in self.params.items()}
-        self.online_layers = self.layers["actor"] + self.layers["critic"]
-        topology.apply_masks(self.online_layers, self.target_layers)
+        critics = [self.critic_1, self.critic_2]
+        target_critics = [self.target_critic_1, self.target_critic_2]
+        self.networks = {
+            "actor": Network([self.actor], [self.target_actor], args.learning_rate),
+            "critic": Network(critics, target_critics, args.learning_rate),
+        }
 
-    def critic_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eq. 3 with TD3's target smoothing and clipped double Q. Returns loss and mean Q."""
+    def critic_gradients(self, batch: Batch):
+        """Eq. 3 with TD3's target smoothing and clipped double Q.
+
+        Returns: loss, mean Q, and the dense gradients of the critics' parameters.
+        """
         args = self.args
         with torch.no_grad():
-            noise = (batch.noise * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)  # (B, act)
-            next_actions = (self.target_actor(batch.next_obs) + noise).clamp(-1, 1)  # (B, act)
-            next_obs_actions = torch.cat((batch.next_obs, next_actions), dim=1)  # (B, obs + act)
-            next_q = torch.minimum(*[critic(next_obs_actions) for critic in self.target_critic])  # (B,)
-            target_q = batch.rewards + args.gamma * (1 - batch.terminated) * next_q  # (B,)
-        q1, q2 = (critic(batch.obs_actions) for critic in self.critic)  # (B,), (B,)
-        return F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q), q1.mean()
+            noise = args.policy_noise * batch.noise  # (B, act)
+            noise = noise.clamp(-args.noise_clip, args.noise_clip)
+            next_actions = self.target_actor(batch.next_obs) + noise
+            next_actions = next_actions.clamp(-1, 1)  # (B, act)
+            next_obs_actions = torch.cat((batch.next_obs, next_actions), dim=1)
+            next_q_1 = self.target_critic_1(next_obs_actions)  # (B,)
+            next_q_2 = self.target_critic_2(next_obs_actions)  # (B,)
+            next_q = torch.minimum(next_q_1, next_q_2)
+            going_on = 1 - batch.terminated
+            target_q = batch.rewards + args.gamma * going_on * next_q  # (B,)
+        q_1 = self.critic_1(batch.obs_actions)  # (B,)
+        q_2 = self.critic_2(batch.obs_actions)  # (B,)
+        loss = F.mse_loss(q_1, target_q) + F.mse_loss(q_2, target_q)  # ()
+        gradients = torch.autograd.grad(loss, self.networks["critic"].params)
+        return loss.detach(), q_1.mean().detach(), gradients
 
-    def actor_loss(self, batch: Batch) -> torch.Tensor:
-        """Eq. 4, deterministic policy gradient: minus the mean Q1 of the policy's own actions."""
-        return -self.critic[0](torch.cat((batch.obs, self.actor(batch.obs)), dim=1)).mean()
+    def actor_gradients(self, batch: Batch):
+        """Eq. 4, deterministic policy gradient: minus the mean Q1 of its own actions.
 
-    def critic_gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        loss, mean_q = self.critic_loss(batch)
-        return loss.detach(), mean_q.detach(), torch.autograd.grad(loss, self.params["critic"])
-
-    def actor_gradients(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        loss = self.actor_loss(batch)
-        return loss.detach(), torch.autograd.grad(loss, self.params["actor"])
+        Returns: loss and the dense gradients of the actor's parameters.
+        """
+        actions = self.actor(batch.obs)  # (B, act)
+        obs_actions = torch.cat((batch.obs, actions), dim=1)  # (B, obs + act)
+        loss = -self.critic_1(obs_actions).mean()  # ()
+        gradients = torch.autograd.grad(loss, self.networks["actor"].params)
+        return loss.detach(), gradients
 
     def update_critic(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns loss and mean Q before the step."""
         loss, mean_q, gradients = self.critic_gradients(batch)
-        topology.masked_step(self.optimizers["critic"], self.layers["critic"], gradients)
+        self.networks["critic"].step(gradients)
         return loss, mean_q
 
     def update_actor(self, batch: Batch) -> torch.Tensor:
-        """One step of the policy, then Polyak averaging of all targets."""
+        """One step of the policy, then of all targets. Returns the loss before."""
         loss, gradients = self.actor_gradients(batch)
-        topology.masked_step(self.optimizers["actor"], self.layers["actor"], gradients)
-        torch._foreach_lerp_(self.targets, self.online, self.args.tau)
+        self.networks["actor"].step(gradients)
+        for network in self.networks.values():
+            network.update_targets(self.args.tau)
         return loss
 
-    @torch.no_grad()
-    def hidden(self, batch: Batch) -> dict[str, list[list[torch.Tensor]]]:
-        """Activations [(B, n), ...] of the hidden layers, for each MLP of each network."""
-        inputs = {"actor": batch.obs, "critic": batch.obs_actions}
-        return {name: [mlp.activations(inputs[name]) for mlp in mlps] for name, mlps in self.mlps.items()}
+
+# --- neuroplastic expansion ---------------------------------------------------
+def scale_to_run(args: Args) -> None:
+    """Fills in, in place, the flags that follow from the length of the run (all ours)."""
+    if args.growth_end is None:
+        args.growth_end = args.total_timesteps
+    if args.grow_interval is None:
+        args.grow_interval = max(1, args.total_timesteps // 100)
+    if args.grow_rate is None:
+        args.grow_rate = solve_grow_rate(args)
+    updates = max(1, args.total_timesteps - args.learning_starts)
+    if args.review_interval is None:
+        args.review_interval = max(1, updates // 1_000)
+    if args.review_decay is None:
+        # with no reduction, (1 - decay)^counts meets the floor at half the run
+        until_half = args.total_timesteps // 2 - args.learning_starts
+        counts = max(1, until_half // args.review_interval - 1)  # the first has no reduction
+        floor = max(0.01, args.review_floor)  # 0 would never be met
+        args.review_decay = 1 - floor ** (1 / counts)
 
 
+def growth_rounds(args: Args) -> range:
+    """Environment steps of the rounds: from the first update until the cosine is 0."""
+    first = (args.learning_starts // args.grow_interval + 1) * args.grow_interval
+    return range(first, args.growth_end, args.grow_interval)
+
+
+def annealed(args: Args, step: int) -> float:
+    """1 + cos(pi t / T_end), the annealing of growth (§4.2): from 2 to 0."""
+    return 1 + math.cos(math.pi * step / args.growth_end)
+
+
+def solve_grow_rate(args: Args) -> float:
+    """alpha that takes a network from --initial-density to about --final-density.
+
+    A round leaves 1 - alpha / 2 * (1 + cos(pi t / T_end)) of the inactive connections
+    inactive, all rounds leave the product, and with ln(1 - x) = -x that is
+
+        exp(-alpha / 2 * sum(1 + cos(pi t / T_end))) = (1 - final) / (1 - initial density)
+    """
+    inactive = 1 - args.initial_density
+    total = sum(annealed(args, step) for step in growth_rounds(args))
+    if total == 0 or inactive == 0:
+        return 0.0
+    if not args.initial_density <= args.final_density < 1:
+        low = f"--initial-density ({args.initial_density})"
+        die(f"--final-density must be below 1 and at least {low}, got {args.final_density}")
+    return min(1.0, 2 / total * math.log(inactive / (1 - args.final_density)))
+
+
+def growth_fraction(args: Args, step: int) -> float:
+    """Share of a layer's candidates that is born at `step`, cosine-annealed (§4.2)."""
+    if args.growth == "none":
+        return 0.0
+    return args.grow_rate / 2 * annealed(args, step)
+
+
+def planned_density(args: Args, until: int) -> float:
+    """Of a network with NE after the rounds up to step `until`, if nothing is pruned."""
+    inactive = 1 - args.initial_density
+    for step in growth_rounds(args):
+        if step <= until:
+            inactive *= 1 - growth_fraction(args, step)
+    return 1 - inactive
+
+
+def growth_plan(args: Args) -> str:
+    """One line that says what densities to expect."""
+    if args.initial_density == 1 or not (args.ne_actor or args.ne_critic):
+        return "topology: dense, nothing to grow"
+    rounds = [step for step in growth_rounds(args) if step <= args.total_timesteps]
+    if args.growth == "none" or not rounds:
+        return f"topology: stays at {args.initial_density:.0%}"
+    end = planned_density(args, args.total_timesteps)
+    densities = f"{args.initial_density:.0%} -> {end:.0%}"
+    return f"topology: {densities} in {len(rounds)} rounds, less what is pruned"
+
+
+def topology_round(args: Args, agent: Agent, batch: Batch, progress: Progress, step: int) -> None:
+    """§4.2, Eq. 2: grows, then prunes and resets; targets take over the masks."""
+    fraction = growth_fraction(args, step)
+    gradients = {  # dense; no step is taken with them
+        "actor": agent.actor_gradients(batch)[-1],
+        "critic": agent.critic_gradients(batch)[-1],
+    }
+    for name, network in agent.networks.items():
+        optimizer = network.optimizer
+        gradient_of = dict(zip(network.params, gradients[name], strict=True))
+        grown = progress.grown[name]
+        pruned = progress.pruned[name]
+        for i, mlp in enumerate(network.mlps):
+            hidden = mlp.hidden(batch)
+            # elastic neuron generation
+            scores = [gradient_of[layer.weight] for layer in mlp.layers]
+            if args.growth == "random":  # §4.1
+                scores = topology.random_scores(mlp.layers, agent.ne_rng)
+            progress.planned[name][i] += topology.planned_births(mlp.layers, fraction)
+            grown[i] += topology.grow(mlp.layers, scores, fraction, optimizer)
+            # dormant neuron pruning and reset
+            if args.prune:
+                budget = int(args.prune_ratio * grown[i]) - pruned[i]
+                clip = args.weight_clip
+                rng = agent.ne_rng
+                pruned[i] += topology.prune(mlp.layers, hidden, budget, clip, optimizer, rng)
+        topology.copy_masks(network.layers, network.target_layers)
+
+
+def review_threshold(args: Args, progress: Progress, dormant: int, neurons: int) -> float:
+    """§4.2, experience review: the next epsilon; a batch is a review with 1 - epsilon.
+
+    "slope": epsilon is large while growth still wakes neurons up, then falls to its
+    floor. "level": 1 - epsilon is the dormant share of the critics' hidden neurons.
+    """
+    if args.review_floor == 1:
+        return 1.0
+    if args.review_rule == "level":
+        return 1 - dormant / neurons
+    if progress.dormant is None:  # the first count
+        return progress.epsilon
+    reduction = max(0, progress.dormant - dormant) / max(progress.dormant, 1)  # in [0, 1]
+    epsilon = (1 - args.review_decay) * progress.epsilon + args.review_decay * reduction
+    return max(args.review_floor, epsilon)
+
+
+def redo(args: Args, agent: Agent, batch: Batch) -> None:
+    """NE + ReDo (§C)."""
+    for network in agent.networks.values():
+        for mlp in network.mlps:
+            hidden = mlp.hidden(batch)
+            optimizer = network.optimizer
+            topology.redo(mlp.layers, hidden, args.redo_tau, optimizer, agent.ne_rng)
+
+
+@torch.no_grad()
+def reset(agent: Agent) -> None:
+    """NE + Reset (§C): networks, targets and Adam's state start anew; the masks stay."""
+    for network in agent.networks.values():
+        topology.reset(network.layers, agent.ne_rng)
+        for mlp in network.mlps:
+            for norm in mlp.norms:
+                if isinstance(norm, nn.LayerNorm):
+                    norm.reset_parameters()
+        network.update_targets(tau=1.0)
+        for state in network.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+
+# --- environment and evaluation -----------------------------------------------
+class CheckedEnv(gym.Wrapper):
+    """An environment of which nothing is trusted. Raises: EnvironmentFault.
+
+    Observations are copied, because an environment may change its own array in place.
+    """
+
+    def __init__(self, env: gym.Env, env_id: str):
+        super().__init__(env)
+        self.env_id = env_id
+
+    def reset(self, **kwargs):
+        try:
+            obs, info = self.env.reset(**kwargs)
+        except Exception as e:  # each environment has errors of its own
+            raise self.fault(f"{type(e).__name__} in reset: {e}") from e
+        return self.checked(obs), info
+
+    def step(self, action: np.ndarray):
+        # rescaling may pass a bound by the last bit
+        action = action.clip(self.action_space.low, self.action_space.high)
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            reward = np.asarray(reward, dtype=np.float64).item()
+        except Exception as e:
+            raise self.fault(f"{type(e).__name__} in step: {e}") from e
+        if not math.isfinite(reward):
+            raise self.fault(f"the reward is {reward}")
+        return self.checked(obs), reward, bool(terminated), bool(truncated), info
+
+    def checked(self, obs) -> np.ndarray:
+        """A finite float32 copy (obs,)."""
+        obs = np.array(obs, dtype=np.float32)
+        if obs.shape != self.observation_space.shape:
+            expected = self.observation_space.shape
+            raise self.fault(f"the observation has shape {obs.shape}, not {expected}")
+        if not np.isfinite(obs).all():
+            raise self.fault("the observation is NaN or infinite")
+        return obs
+
+    def fault(self, reason: str) -> Exception:
+        one_line = " ".join(reason.split())
+        return EnvironmentFault(f"{self.env_id}: {one_line}")
+
+
+def mujoco_warning(text: str) -> None:
+    """All that MuJoCo warns of, but for an attribute in Gymnasium's HalfCheetah."""
+    if "settotalmass" not in text:
+        print(f"mujoco: {text}", file=sys.stderr)
+
+
+def make_env(env_id: str, max_episode_steps: int) -> gym.Env:
+    """A task with flat float32 observations and actions (act,) in [-1, 1].
+
+    Raises: SystemExit(2) for another kind of task.
+    """
+    try:
+        import mujoco
+
+        mujoco.set_mju_user_warning(mujoco_warning)
+        env = gym.make(env_id)
+    except Exception as e:  # each environment has errors of its own
+        reason = " ".join(str(e).split())
+        die(f"--env-id: cannot make {env_id}: {reason}")
+    obs = env.observation_space
+    act = env.action_space
+    for space in (obs, act):
+        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        if not flat or space.dtype.kind != "f":
+            die(f"--env-id must have flat Boxes of floats, got {obs} and {act}")
+    width = act.high - act.low
+    if not (np.isfinite(width).all() and (width > 0).all()):
+        die(f"--env-id must have actions between finite bounds, low < high, got {act}")
+    env = CheckedEnv(gym.wrappers.TimeLimit(env, max_episode_steps), env_id)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float]:
+    """Returns of the deterministic policy, from the same starts at every call."""
+    returns = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=100 + seed + episode)  # not the seed of training
+        total = 0.0
+        done = False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(actor.act(obs))
+            total += reward
+            done = terminated or truncated
+        returns.append(total)
+    return returns
+
+
+def evaluate_postponed(run, progress, actor: Actor, env: gym.Env, args, last=False) -> None:
+    """Evaluates what is due, in order, and writes its rows.
+
+    A run that is asked to stop leaves the rest to the resumed one, but not at its last step.
+    """
+    actor = copy.deepcopy(actor)
+    while progress.postponed and (run.stop_signal is None or last):
+        row, weights = progress.postponed.pop(0)
+        actor.load_state_dict(weights)
+        returns = evaluate(actor, env, args.eval_episodes, args.seed)
+        row["eval/return_mean"] = float(np.mean(returns))
+        row["eval/return_std"] = float(np.std(returns))
+        run.write_row(row)
+        for key, value in row.items():
+            run.log(row["step"], key, value)
+        mean_and_std = f"{row['eval/return_mean']:,.1f} +- {row['eval/return_std']:,.1f}"
+        run.bar.write(f"step {row['step']:,}: return {mean_and_std}")
+
+
+def measure(agent: Agent, batch: Batch, progress: Progress, step: int) -> dict[str, float]:
+    """A row of results.csv, its returns still empty."""
+    row = {"step": step, "eval/return_mean": math.nan, "eval/return_std": math.nan}
+    row["charts/episodic_return"] = float(np.mean(progress.returns or math.nan))
+    for key in ("qf_loss", "qf_values"):
+        row[f"losses/{key}"] = float(progress.losses.get(key, math.nan))
+    for name, network in agent.networks.items():
+        values = topology.metrics(network.layers, network.hidden(batch))
+        values["planned"] = sum(progress.planned[name])
+        values["grown"] = sum(progress.grown[name])
+        values["pruned"] = sum(progress.pruned[name])
+        for key, value in values.items():
+            row[f"ne/{name}/{key}"] = value
+    row["ne/review_epsilon"] = progress.epsilon
+    row["ne/review_share"] = progress.reviewed / max(1, progress.updates)
+    return row
+
+
+def log_masks(run, agent: Agent, step: int) -> None:
+    """Pictures (1, out, in) for TensorBoard and benchmark/plot.py topology."""
+    for name, network in agent.networks.items():
+        for i, layer in enumerate(network.layers):
+            run.writer.add_image(f"masks/{name}/{i}", layer.mask[None], step)
+
+
+def fast_updates(args: Args, agent: Agent, batch: Batch):
+    """The agent's two updates, compiled and captured if asked for."""
+    if args.compile:
+        agent.critic_gradients = compiled(agent.critic_gradients, batch)
+        agent.actor_gradients = compiled(agent.actor_gradients, batch)
+    if batch.rows.is_cuda and args.cudagraphs:
+        return CudaGraph(agent.update_critic), CudaGraph(agent.update_actor)
+    return agent.update_critic, agent.update_actor
+
+
+def main() -> None:
+    # --- setup ---
+    args, checkpoint = parse_args(Args)
+    scale_to_run(args)
+    if args.batch_size > args.buffer_size:
+        die(f"--batch-size must be at most {args.buffer_size}, got {args.batch_size}")
+    device = set_up_torch(args)
+    seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
+    weight_seed, noise_seed, batch_seed, ne_seed = seeds
+    torch.manual_seed(weight_seed)
+    noise_rng = np.random.default_rng(noise_seed)
+    env = make_env(args.env_id, args.max_episode_steps)
+    eval_env = make_env(args.env_id, args.max_episode_steps)
+    n_obs = env.observation_space.shape[0]
+    n_act = env.action_space.shape[0]
+    agent = Agent(args, n_obs, n_act, ne_seed, device)
+    buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, batch_seed, device)
+    batch = buffer.new_batch(args.batch_size)
+    ne_batch = buffer.new_batch(args.batch_size)  # of rounds and metrics
+    review_batch = buffer.new_batch(1_024)
+    progress = Progress.of(agent)
+    obs, _ = env.reset(seed=args.seed)
+
+    # all that a resumed run needs
+    parts = {"agent": agent, "buffer": buffer, "progress": progress}
+    parts["ne_rng"] = agent.ne_rng
+    parts["noise_rng"] = noise_rng
+    parts["env_rng"] = env.unwrapped.np_random
+    for name, network in agent.networks.items():
+        parts[f"{name}_optimizer"] = network.optimizer
+    if checkpoint is not None:
+        restore(parts, checkpoint)
+        obs, _ = env.reset()
+    update_critic, update_actor = fast_updates(args, agent, batch)
+    run = Run(args, args.env_id, args.total_timesteps, checkpoint)
+    print(f"{args.env_id}, seed {args.seed}, {device}: {run.folder}\n{growth_plan(args)}")
+    if checkpoint is None:
+        log_masks(run, agent, step=0)
+    evaluate_postponed(run, progress, agent.actor, eval_env, args)
+
+    # --- the loop ---
+    rounds = growth_rounds(args)
+    resets = range(0)
+    if args.reset_interval > 0:  # none at the last step
+        resets = range(args.reset_interval, args.total_timesteps, args.reset_interval)
+    episodic_return = 0.0
+    episodic_length = 0
+    started = time.time()
+    first = run.saved + 1
+    for step in range(first, args.total_timesteps + 1):
+        # act
+        if step <= args.learning_starts:
+            action = noise_rng.uniform(-1, 1, n_act)
+        else:
+            noise = noise_rng.normal(0, args.exploration_noise, n_act)
+            action = agent.actor.act(obs) + noise
+            run.require_finite(step, action)
+        action = action.clip(-1, 1).astype(np.float32)
+
+        # update; before the environment steps, so that on CUDA both run at the same time
+        if step > args.learning_starts:
+            progress.updates += 1
+            # §4.2, experience review
+            u = torch.rand((), generator=agent.ne_rng).item()
+            review = u > progress.epsilon
+            if review:
+                progress.reviewed += 1
+                buffer.sample(batch, oldest=args.review_fraction)
+            else:
+                buffer.sample(batch)
+            # critic, then actor and targets
+            losses = {}
+            losses["qf_loss"], losses["qf_values"] = update_critic(batch)
+            if progress.updates % args.policy_frequency == 0:
+                losses["actor_loss"] = update_actor(batch)
+            if not review:  # old batches would bend the curves
+                for key, value in losses.items():
+                    progress.losses[key] = value.clone()
+            if progress.updates % args.review_interval == 0:
+                buffer.sample(review_batch, rng=agent.ne_rng)
+                hidden = agent.networks["critic"].hidden(review_batch)
+                dormant = len(topology.dormant_neurons(hidden, args.review_tau))
+                neurons = 2 * sum(args.critic_hidden)
+                progress.epsilon = review_threshold(args, progress, dormant, neurons)
+                progress.dormant = dormant
+            if args.redo_interval > 0 and progress.updates % args.redo_interval == 0:
+                redo(args, agent, batch)
+
+        # step and store
+        try:
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+        except EnvironmentFault as fault:
+            run.fail(step, str(fault))
+        buffer.add(obs, action, next_obs, reward, terminated)
+        obs = next_obs
+        episodic_return += reward
+        episodic_length += 1
+
+        # topology
+        if step in rounds:
+            buffer.sample(ne_batch, rng=agent.ne_rng)
+            topology_round(args, agent, ne_batch, progress, step)
+            log_masks(run, agent, step)
+        if step in resets:
+            reset(agent)
+
+        # evaluate and log
+        run.bar.update()
+        if step % 1_000 == 0:
+            run.log(step, "charts/SPS", (step - first + 1) / (time.time() - started))
+            for key, value in progress.losses.items():
+                run.log(step, f"losses/{key}", value)
+        last = step == args.total_timesteps
+        if step % args.eval_frequency == 0 or last:
+            run.require_finite(step, *agent.parameters())
+            buffer.sample(ne_batch, rng=torch.Generator().manual_seed(step))
+            row = measure(agent, ne_batch, progress, step)
+            progress.returns = []
+            weights = copy.deepcopy(agent.actor.state_dict())
+            progress.postponed.append((row, weights))
+            evaluate_postponed(run, progress, agent.actor, eval_env, args, last)
+
+        # episode end
+        if terminated or truncated:
+            run.log(step, "charts/episodic_return", episodic_return)
+            run.log(step, "charts/episodic_length", episodic_length)
+            progress.returns.append(episodic_return)
+            # no environment can be saved inside an episode
+            stopping = run.stop_signal is not None
+            due = step - run.saved >= args.checkpoint_frequency
+            if (due or stopping) and not last:
+                run.require_finite(step, *agent.parameters())
+                run.save(step, parts)
+                if stopping:
+                    run.leave(step)
+            episodic_return = 0.0
+            episodic_length = 0
+            obs, _ = env.reset()
+
+    run.require_finite(step, *agent.parameters())
+    del parts["buffer"]  # a finished run needs it no more
+    run.save(step, parts, finished=True)
+    run.close()
+    print(f"finished: {run.folder}, {(step - first + 1) / (time.time() - started):.0f} steps/s")
+    for name in agent.networks:
+        density = row[f"ne/{name}/density"]
+        active = row[f"ne/{name}/active_ratio"]
+        print(f"{name}: density {density:.1%}, active neurons {active:.1%}")
+
+
+# ==============================================================================
+# Part two, around a run: nothing of the algorithm, the same text in every script
+# ==============================================================================
+class EnvironmentFault(Exception):
+    """What an environment must not do, in one line."""
+
+
+def die(message: str, code: int = 2) -> NoReturn:
+    """One clear line; exits with 2 for a mistake on the command line, 1 for later."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def limits(name: str, number: float) -> tuple[float, float]:
+    """Least and largest value of a flag. Integers are in [1, 10^9], others in [0, 1], but:"""
+    if name == "seed":
+        return 0, 2**31 - 1
+    if name in ("actor_hidden", "critic_hidden", "hidden_dim", "channels", "torch_threads"):
+        return 1, 65_536
+    if name in ("redo_interval", "reset_interval"):  # 0: off
+        return 0, 10**9
+    if name.endswith("_noise") or name in ("noise_clip", "weight_clip", "redo_tau", "review_tau"):
+        return 0, 1_000
+    if name in ("learning_rate", "initial_density", "review_fraction"):
+        return 1e-9, 1
+    if name == "prune_ratio":  # below 1, so that more is born than pruned
+        return 0, 0.999
+    return (1, 10**9) if isinstance(number, int) else (0, 1)
+
+
+def check_limits(args) -> None:
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        values = value if isinstance(value, tuple) else (value,)
+        if not values:
+            die(f"{flag} must have a value or more, got none")
+        for number in values:
+            if type(number) in (int, float):
+                low, high = limits(name, number)
+                if not low <= number <= high:  # NaN is in no interval
+                    die(f"{flag} must be in [{low:,}, {high:,}], got {number}")
+
+
+def command_line(Args: type, default):
+    """The arguments as given, else as in `default`. --help has a group per base class."""
+    groups = {}
+    for base in reversed(Args.__bases__):
+        values = {field.name: getattr(default, field.name) for field in fields(base)}
+        groups[base.__name__.removesuffix("Args")] = base(**values)
+    kinds = [(title, type(group)) for title, group in groups.items()]
+    Groups = make_dataclass("Groups", kinds)
+    description = sys.modules[Args.__module__].__doc__.splitlines()[0]
+    flat = (tyro.conf.OmitArgPrefixes,)
+    parsed = tyro.cli(Groups, default=Groups(**groups), description=description, config=flat)
+    args = {}
+    for group in vars(parsed).values():
+        args |= vars(group)
+    return Args(**args)
+
+
+def parse_args(Args: type) -> tuple:
+    """The arguments and, with --resume, the checkpoint. Raises: SystemExit."""
+    args = command_line(Args, Args())
+    checkpoint = None
+    if args.resume is not None:
+        checkpoint = load_checkpoint(Path(args.resume), Args)
+        stored = Args(**checkpoint["args"])
+        args = command_line(Args, stored)  # what differs was given
+        for name, value in vars(stored).items():
+            given = getattr(args, name)
+            if given != value and name not in ("resume", "cudagraphs", "track"):
+                flag = "--" + name.replace("_", "-")
+                die(f"{flag} must be {value} or left out with --resume, got {given}")
+        if checkpoint["finished"]:
+            print(f"{args.resume} is finished, there is nothing to resume")
+            raise SystemExit(0)
+    check_limits(args)
+    return args, checkpoint
+
+
+def set_up_torch(args) -> torch.device:
+    torch.set_num_threads(args.torch_threads)
+    torch.set_flush_denormal(True)  # denormal numbers make long runs slow
+    gc.freeze()  # garbage collection need not look at what is imported
+    if not (args.cuda and torch.cuda.is_available()):
+        return torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # to be deterministic
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
+    return torch.device("cuda")
+
+
+# --- checkpoints --------------------------------------------------------------
+def load_checkpoint(folder: Path, Args: type) -> dict:
+    """Raises: SystemExit(1) for what is missing, damaged, or not of this run."""
+    path = folder / "checkpoint.pt"
+    script = Args.exp_name
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at checksums
+            damaged = archive.testzip()
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        made_by = checkpoint["script"]
+        known_flags = set(checkpoint["args"]) == set(vars(Args()))
+        args = json.dumps(checkpoint["args"], indent=2)
+        rows = checkpoint["results_bytes"]
+        keys = {"script", "args", "step", "results_bytes", "name", "finished", "parts"}
+        complete = set(checkpoint) == keys
+    except FileNotFoundError:
+        die(f"nothing to resume: there is no {path}", code=1)
+    except Exception:  # zipfile and torch raise many kinds for a damaged or foreign file
+        die(f"{path} is damaged or not a checkpoint of {script}", code=1)
+    if not complete:
+        die(f"{path} must have {', '.join(sorted(keys))}, got {', '.join(checkpoint)}", code=1)
+    if damaged:
+        die(f"{path} is damaged: the checksum of {damaged} is wrong", code=1)
+    if made_by != script:
+        die(f"{path} is a checkpoint of {made_by}, this is {script}", code=1)
+    if not known_flags:
+        die(f"{path} is of another version of {script}, with other flags", code=1)
+    try:
+        same_args = (folder / "args.json").read_bytes() == args.encode()
+        rows_there = (folder / "results.csv").stat().st_size
+    except OSError as e:
+        die(f"{path} needs what is beside it: {e}", code=1)
+    if not same_args:
+        die(f"{folder / 'args.json'} is damaged or of another run than {path}", code=1)
+    if rows_there < rows:
+        die(f"{folder / 'results.csv'} has fewer rows than {path} counts on", code=1)
+    return checkpoint
+
+
+def restore(parts: dict, checkpoint: dict) -> None:
+    """Raises: SystemExit(1) for a checkpoint that does not fit."""
+    states = checkpoint["parts"]
+    if set(states) != set(parts):
+        die(f"the checkpoint must have the parts {', '.join(parts)}, got {', '.join(states)}", 1)
+    for name, part in parts.items():
+        try:
+            set_state(part, states[name])
+        except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as e:
+            reason = " ".join(str(e).split())
+            die(f"the checkpoint does not fit the {name} of this run: {reason}", code=1)
+
+
+def state_of(part):
+    """What `set_state` needs, made of tensors, numbers, strings, lists and dictionaries."""
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    if isinstance(part, np.random.Generator):
+        return json.dumps(part.bit_generator.state, default=np.ndarray.tolist)
+    if isinstance(part, np.random.RandomState):
+        return json.dumps(part.get_state(), default=np.ndarray.tolist)
+    if is_dataclass(part):
+        return vars(part)
+    return part.state_dict()
+
+
+def set_state(part, state) -> None:
+    if isinstance(part, torch.Generator):
+        part.set_state(state)
+    elif isinstance(part, np.random.Generator):
+        part.bit_generator.state = json.loads(state)
+    elif isinstance(part, np.random.RandomState):
+        part.set_state(json.loads(state))
+    elif is_dataclass(part):
+        if set(state) != set(vars(part)):
+            raise KeyError(f"it must have {', '.join(vars(part))}, got {', '.join(state)}")
+        vars(part).update(state)
+    else:
+        part.load_state_dict(state)
+
+
+# --- a run's folder, its log and its end --------------------------------------
+class Run:
+    """A run's folder: args.json, results.csv, TensorBoard's events, checkpoint.pt."""
+
+    def __init__(self, args, task: str, total_steps: int | None, checkpoint: dict | None):
+        new = {"args": vars(args), "step": 0, "results_bytes": 0}
+        new["name"] = f"{task}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        start = checkpoint or new
+        self.script = type(args).exp_name
+        self.args = start["args"]
+        self.saved = start["step"]  # of the last checkpoint
+        self.results_bytes = start["results_bytes"]
+        self.name = start["name"]
+        self.stop_signal = None
+        self.previous_handlers = {}
+        try:
+            self.folder = Path(args.resume) if args.resume else self.new_folder(args.run_dir)
+            self.lock = lock(self.folder)
+            if checkpoint is None:
+                self.require_unused()
+                (self.folder / "args.json").write_text(json.dumps(self.args, indent=2))
+            with open(self.folder / "results.csv", "a") as file:
+                file.truncate(self.results_bytes)  # cut back to the checkpoint
+            self.tracker = None
+            if args.track:
+                self.tracker = start_wandb(args, self.name, self.folder)
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.saved + 1)
+        except OSError as e:
+            die(f"--run-dir must be a folder that can be written: {e}")
+        self.bar = tqdm(total=total_steps, initial=self.saved, disable=None)
+        self.install_handlers()
+
+    def new_folder(self, run_dir: str | None) -> Path:
+        if run_dir is not None:
+            Path(run_dir).mkdir(parents=True, exist_ok=True)
+            return Path(run_dir)
+        for number in itertools.count(1):  # runs may start in the same second
+            suffix = f"_{number}" if number > 1 else ""
+            folder = Path("runs") / (self.name.replace("/", "_") + suffix)
+            try:
+                folder.mkdir(parents=True)
+                self.name = folder.name
+                return folder
+            except FileExistsError:
+                continue
+
+    def require_unused(self) -> None:
+        """A folder in which a run has failed to start may be used again."""
+        rows = self.folder / "results.csv"
+        if (self.folder / "checkpoint.pt").exists():
+            hint = shlex.join(["--resume", str(self.folder)])
+            die(f"--run-dir must be a new folder, this one holds a run: continue it with {hint}")
+        if rows.exists() and rows.stat().st_size > 0:
+            die(f"--run-dir must be a new folder, {self.folder} holds the results of a run")
+
+    def install_handlers(self) -> None:
+        """Ctrl-C, kill, a closed terminal, Slurm's warning. Only the main thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+            if not (number == signal.SIGHUP and ignored):  # nohup
+                self.previous_handlers[number] = signal.signal(number, self.request_stop)
+
+    def request_stop(self, number: int, frame) -> None:
+        """The first signal waits for the episode's end, without evaluations; a second does not."""
+        if self.stop_signal is not None:
+            os._exit(128 + number)
+        self.stop_signal = number
+        for stream in (1, 2):
+            try:
+                os.write(stream, b"")
+            except OSError:  # the terminal is closed, nobody reads what would be printed
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        os.write(2, b"\nfinishing the episode, then saving (once more: stop at once)\n")
+
+    def log(self, step: int, key: str, value: float) -> None:
+        self.writer.add_scalar(key, float(value), step)
+        if self.tracker is not None:
+            self.tracker.log({key: float(value), "global_step": step})
+
+    def write_row(self, row: dict) -> None:
+        """To results.csv, on the disk before any checkpoint that counts on it."""
+        with open(self.folder / "results.csv", "a", newline="") as file:
+            table = csv.DictWriter(file, row.keys())
+            if file.tell() == 0:
+                table.writeheader()
+            table.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+            self.results_bytes = file.tell()
+
+    def fail(self, step: int, reason: str) -> NoReturn:
+        kept = "there is no checkpoint yet"
+        if self.saved > 0:
+            hint = shlex.join(["--resume", str(self.folder)])
+            kept = f"{hint} continues from step {self.saved:,}"
+        self.bar.close()
+        self.give_back(exit_code=1)
+        die(f"{reason}, at step {step:,}; {kept}", code=1)
+
+    def require_finite(self, step: int, *values) -> None:
+        for value in values:
+            if not torch.as_tensor(value).isfinite().all():
+                self.fail(step, "a loss or a weight is NaN or infinite")
+
+    def save(self, step: int, parts: dict, finished: bool = False) -> None:
+        """Atomic: temporary file, fsync, rename."""
+        content = {"script": self.script, "args": self.args, "step": step}
+        content["results_bytes"] = self.results_bytes
+        content["name"] = self.name
+        content["finished"] = finished
+        content["parts"] = {name: state_of(part) for name, part in parts.items()}
+        temporary = self.folder / "checkpoint.tmp"
+        try:
+            self.writer.flush()
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.folder / "checkpoint.pt")
+        except (OSError, RuntimeError) as e:  # a full disk
+            temporary.unlink(missing_ok=True)
+            reason = e
+            if isinstance(e, RuntimeError):  # torch hides the reason
+                reason = e.__context__ or e
+            self.fail(step, f"cannot write a checkpoint: {reason}")
+        self.saved = step
+
+    def leave(self, step: int) -> NoReturn:
+        """After a signal and `save`."""
+        self.close()
+        module = sys.modules["__main__"].__spec__  # of python -m
+        program = ["-m", module.name] if module else [sys.argv[0]]
+        command = shlex.join(["python", *program, "--resume", str(self.folder)])
+        print(f"stopped at step {step}; continue with: {command}")
+        raise SystemExit(130 if self.stop_signal == signal.SIGINT else 0)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()
+        self.give_back()
+
+    def give_back(self, exit_code: int = 0) -> None:
+        """W&B's run, the lock and the signals, for what else runs in this process."""
+        if self.tracker is not None:
+            self.tracker.finish(exit_code=exit_code)
+        self.lock.close()
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
+
+
+def lock(folder: Path):
+    """A lock that ends with the process. Raises: SystemExit(1) if another has it."""
+    file = open(folder / "lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        die(f"{folder} is in use by {file.read().strip()}", code=1)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def start_wandb(args, name: str, folder: Path):
+    """A resumed run continues its W&B run. Raises: SystemExit(2) if that cannot be."""
+    try:
+        import wandb
+
+        tracker = wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            id=re.sub(r"\W", "-", name),
+            name=name,
+            resume="allow",
+            config=vars(args),
+            dir=str(folder),
+        )
+        tracker.define_metric("*", step_metric="global_step")
+        return tracker
+    except (ImportError, AttributeError):  # a folder named wandb is a module without init
+        die("--track needs the package wandb (pip install wandb), and nothing else of that name")
+    except Exception as e:  # no key, no network, no such team
+        reason = " ".join(str(e).split())
+        die(f"--track: {reason} (WANDB_MODE=offline needs no account)")
+
+
+# --- speed --------------------------------------------------------------------
 class CudaGraph:
-    """Captures an update once and replays it. `batch` must be the same tensors at every call."""
+    """An update: three plain calls to warm up, then captured once and replayed."""
 
     def __init__(self, update):
-        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
+        self.update = update
+        self.calls = 0
 
-    def __call__(self, batch: Batch):
+    def __call__(self, batch):  # the same tensors at every call
         self.calls += 1
-        if self.calls <= 3:  # plain updates: the warm-up that a capture needs
+        if self.calls <= 3:
             return self.update(batch)
         if self.calls == 4:
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):  # records without running
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                 self.losses = self.update(batch)
         self.graph.replay()
         return self.losses
 
 
-def compile_gradients(agent: Agent, batch: Batch) -> None:
-    """One compiled graph for loss and backward pass of each network. Raises: SystemExit(1) if it cannot be compiled."""
-    print("compiling losses and gradients: half a minute, less when it was done before")
+def compiled(function, *inputs):
+    """`function` of such inputs as one graph. Raises: SystemExit(1) without a compiler."""
+    torch.compiler.set_stance("default")  # what is below binds earlier functions only
     torch._dynamo.config.trace_autograd_ops = True
-    compiled = partial(torch.compile, fullgraph=True, options={"cpp_wrapper": not batch.obs.is_cuda})
-    agent.critic_gradients, agent.actor_gradients = map(compiled, (agent.critic_gradients, agent.actor_gradients))
+    on_cpu = not torch.cuda.is_available()
+    function = torch.compile(function, fullgraph=True, options={"cpp_wrapper": on_cpu})
     try:
-        agent.critic_gradients(batch), agent.actor_gradients(batch)  # changes nothing but that they are compiled
+        function(*inputs)
     except Exception as e:  # of the compilers, which are many
-        die(f"--compile needs a C++ compiler (Debian: g++, python3-dev): {str(e).splitlines()[0]}", code=1)
-    torch.compiler.set_stance(skip_guard_eval_unsafe=True)  # neither shapes nor tensors change from now on
+        reason = str(e).splitlines()[0]
+        die(f"--compile needs a C++ compiler (Debian: g++, python3-dev): {reason}", code=1)
+    torch.compiler.set_stance(skip_guard_eval_unsafe=True)  # shapes stay as they are
+    return function
 
 
-def topology_round(agent: Agent, batch: Batch, step: int, alpha: float) -> dict[str, int]:
-    """§4.2, Eq. 2: grows, then prunes and resets every NE network in place. Returns {"ne/{network}/grown": n, ...}."""
-    args, counts, hidden = agent.args, Counter(), agent.hidden(batch)
-    fraction = topology.growth_fraction(alpha, step, args.growth_end or args.total_timesteps)
-    losses = {"actor": agent.actor_loss(batch), "critic": agent.critic_loss(batch)[0]}  # no step is taken with them
-    for name, optimizer in agent.optimizers.items():
-        for mlp, activations in zip(agent.mlps[name], hidden[name], strict=True):
-            # Elastic neuron generation
-            scores = torch.autograd.grad(losses[name], [layer.weight for layer in mlp.layers], retain_graph=True)
-            if args.growth == "random":
-                scores = [torch.rand(g.shape, generator=agent.ne_rng).to(g.device) for g in scores]
-            grown = topology.grow(mlp.layers, scores, fraction, optimizer)
-            # Dormant neuron pruning
-            budget = int(args.prune_ratio * grown) if args.prune else 0
-            pruned = topology.prune(mlp.layers, activations, budget, optimizer, args.weight_clip, agent.ne_rng)
-            counts.update({f"ne/{name}/grown": grown, f"ne/{name}/pruned": pruned})
-    topology.apply_masks(agent.online_layers, agent.target_layers)
-    return counts
-
-
-def review_threshold(epsilon: float, before: int | None, now: int, args: Args) -> float:
-    """§4.2, next threshold from the critics' dormant neurons before and now. A batch is a review if u > epsilon."""
-    if before is None:  # the first count
-        return epsilon
-    r = max(0, before - now) / max(before, 1)  # in [0, 1]: large while growth wakes neurons up, then near 0
-    return max(args.review_floor, (1 - args.review_decay) * epsilon + args.review_decay * r)
-
-
-def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float]:
-    """Undiscounted returns of the deterministic policy; the same seeds, hence the same starts, at every call."""
-    returns = []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=100 + seed + episode)  # not the seed of training
-        done, total = False, 0.0
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(actor.act(obs))
-            done, total = terminated or truncated, total + float(reward)
-        returns.append(total)
-    return returns
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Atomic: temporary file, fsync, rename. Raises: SystemExit(1) if it cannot be written; the old one stays."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
-        kept = f"the one before is good: --resume {path.parent}" if path.exists() else "there is none before it"
-        die(f"cannot write checkpoint {path}: {e.__context__ or e}; {kept}", code=1)
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Raises: SystemExit(1) for a missing, damaged or foreign file."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if content["format"] == "ne_td3_continuous 1":
-            return content
-    except FileNotFoundError:
-        die(f"there is no checkpoint {path}", code=1)
-    except Exception:  # torch raises many kinds for a damaged or foreign file
-        pass
-    die(f"{path} is damaged or not a checkpoint of {Path(__file__).name}", code=1)
-
-
-def parse_args() -> tuple[Args, dict | None]:
-    """The arguments and, with --resume or --evaluate, the checkpoint. Raises: SystemExit(2) for what cannot be."""
-    args, checkpoint = tyro.cli(Args), None
-    if args.evaluate is not None:
-        checkpoint = load_checkpoint(Path(args.evaluate))
-        asked = ("evaluate", "eval_episodes", "seed", "cuda")
-        args = Args(**checkpoint["run"]["args"] | {name: getattr(args, name) for name in asked})
-    elif args.resume is not None:
-        checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt")
-        stored = Args(**checkpoint["run"]["args"])
-        args = tyro.cli(Args, default=stored)  # so whatever differs now was given on the command line
-        may_change = ("resume", "cudagraphs", "track", "wandb_project_name", "wandb_entity", "capture_video")
-        for name, value in vars(stored).items():
-            if name not in may_change and getattr(args, name) != value:
-                die(f"--{name.replace('_', '-')} must be {value} or left out with --resume, got {getattr(args, name)}")
-    for allowed, holds, names in RANGES:
-        for name in names.split():
-            if (value := getattr(args, name)) is not None and not holds(value):
-                die(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
-    if args.batch_size > args.buffer_size:
-        die(f"--batch-size must be at most --buffer-size ({args.buffer_size}), got {args.batch_size}")
-    if args.grow_rate is None and args.initial_density < 1 and not args.initial_density <= args.final_density < 1:
-        die(f"--final-density must be in [--initial-density ({args.initial_density}), 1), got {args.final_density}")
-    if args.scale > 1 and not (args.actor_hidden == args.critic_hidden == (256, 128)):
-        die(f"--scale must be 1 with --actor-hidden or --critic-hidden, got {args.scale}: it sets every width to 256")
-    return args, checkpoint
-
-
-def open_run(args: Args, checkpoint: dict | None) -> tuple[Path, SummaryWriter]:
-    """The run's folder and its TensorBoard writer: new ones, or those of --resume cut back to the checkpoint."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume or args.run_dir or Path("runs") / name)
-    try:
-        if checkpoint is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            if (folder / "args.json").exists():
-                die(f"--run-dir must be a new folder, {folder} holds a run: continue it with --resume {folder}")
-            (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-            (folder / "results.csv").touch()
-        elif json.loads((folder / "args.json").read_text()) != json.loads(json.dumps(checkpoint["run"]["args"])):
-            die(f"{folder / 'checkpoint.pt'} belongs to another run than {folder / 'args.json'}", code=1)
-        else:
-            os.truncate(folder / "results.csv", checkpoint["run"]["results_bytes"])
-        threading.excepthook = lambda failure: None  # TensorBoard's thread: the same error is raised here as well
-        if args.track:
-            import wandb
-
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, sync_tensorboard=True)
-        return folder, SummaryWriter(str(folder), purge_step=checkpoint and checkpoint["run"]["step"] + 1)
-    except ImportError:
-        die("--track needs the package wandb: pip install wandb")
-    except OSError as e:
-        die(f"--run-dir must be a folder that can be written, got {folder}: {e}")
-
-
-def main() -> None:
-    # --- setup ---
-    args, checkpoint = parse_args()
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each row at once
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic kernels need
-        torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default stream
-        torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # training needs no OpenGL
-    torch.set_num_threads(args.torch_threads)
-    torch.set_flush_denormal(True)  # denormal numbers make long runs slow
-    seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(4)]
-    torch.manual_seed(seeds[0])  # initial weights
-    noise_rng = np.random.default_rng(seeds[1])  # exploration
-    env = make_env(args.env_id)
-    n_obs, n_act = env.observation_space.shape[0], env.action_space.shape[0]
-    agent = Agent(args, n_obs, n_act, seeds[3], device)
-    buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, args.batch_size, seeds[2], device)
-    run = {"args": vars(args), "device": device.type, "step": 0, "updates": 0, "saved": 0, "results_bytes": 0}
-    run |= {"returns": [], "epsilon": 1.0, "dormant": None, "reviewed": 0}
-    run["counts"] = {f"ne/{name}/{change}": 0 for name in agent.layers for change in ("grown", "pruned")}
-    obs, _ = env.reset(seed=args.seed)
-    if checkpoint is not None:
-        try:
-            agent.load_state_dict(checkpoint["agent"])
-            topology.apply_masks(agent.online_layers, agent.target_layers)
-        except RuntimeError:
-            die(f"the checkpoint does not fit {args.env_id} with {n_obs} observations and {n_act} actions", code=1)
-        run = checkpoint["run"]
-    if args.evaluate:
-        returns = evaluate(agent.actor, env, args.eval_episodes, args.seed)
-        return print(f"{args.env_id}, step {run['step']}: return {np.mean(returns):.1f}, std {np.std(returns):.1f}")
-    if run["step"] == args.total_timesteps:
-        return print(f"{args.resume} is finished, there is nothing to resume")
-    numpy_rngs = noise_rng, env.unwrapped.np_random
-    if checkpoint is not None:
-        if run["device"] != device.type:
-            die(f"--resume must continue on {run['device']}, where the run was started, got {device.type}")
-        buffer.load_state_dict(checkpoint["buffer"])
-        agent.ne_rng.set_state(checkpoint["ne_rng"])
-        for name, adam in agent.optimizers.items():
-            adam.load_state_dict(checkpoint["optimizers"][name])
-        for rng, state in zip(numpy_rngs, checkpoint["numpy_rngs"], strict=True):
-            rng.bit_generator.state = json.loads(state)
-        obs, _ = env.reset()
-    if args.compile:
-        compile_gradients(agent, buffer.batch)
-    run_dir, writer = open_run(args, checkpoint)
-    videos = run_dir / f"videos/from_step_{run['step']}" if args.capture_video else None
-    eval_env = make_env(args.env_id, videos, args.eval_episodes)
-    graphed = CudaGraph if device.type == "cuda" and args.cudagraphs else lambda update: update
-    update_critic, update_actor = graphed(agent.update_critic), graphed(agent.update_actor)
-    rounds, alpha, plan = topology.growth_schedule(args)
-    print(f"{args.env_id}, seed {args.seed}, {device}: {run_dir}\n{plan}")
-    bar = tqdm(total=args.total_timesteps, initial=run["step"], unit=" steps", disable=None)
-    stops, hint = [], b"\nfinishing the episode in hand, then saving (once more: stop at once)\n"
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda n, _: os._exit(128 + n) if stops else stops.append(n) or os.write(2, hint))
-
-    def log(values: dict) -> None:
-        for key, value in values.items():
-            writer.add_scalar(key, float(value), run["step"])
-
-    def stop_unless_finite(values) -> None:
-        if not np.isfinite(values).all():
-            kept = f"the checkpoint of step {run['saved']} is kept" if run["saved"] else "there is no checkpoint yet"
-            die(f"loss is NaN or infinite at step {run['step']}; {kept} in {run_dir}", code=1)
-
-    def save(finished: bool = False) -> None:
-        stop_unless_finite(float(qf_loss) if run["updates"] else 0.0)
-        run["saved"] = run["step"]
-        writer.flush()
-        content = {"format": "ne_td3_continuous 1", "run": run, "agent": agent.state_dict()}
-        content |= {"ne_rng": agent.ne_rng.get_state(), "buffer": None if finished else buffer.state_dict()}
-        content["optimizers"] = {name: adam.state_dict() for name, adam in agent.optimizers.items()}
-        content["numpy_rngs"] = [json.dumps(r.bit_generator.state, default=np.ndarray.tolist) for r in numpy_rngs]
-        save_checkpoint(run_dir / "checkpoint.pt", content)
-
-    # --- the loop ---
-    gc.freeze()  # what exists by now stays: garbage collection need not look at it again
-    qf_loss = qf_values = actor_loss = math.nan
-    episodic_return, episodic_length, status, start, first_step = 0.0, 0, "", time.time(), run["step"]
-    for step in range(run["step"] + 1, args.total_timesteps + 1):
-        run["step"] = step
-        # act
-        if step <= args.learning_starts:
-            action = noise_rng.uniform(-1, 1, n_act)
-        else:
-            action = agent.actor.act(obs) + noise_rng.normal(0, args.exploration_noise, n_act)
-            stop_unless_finite(action)
-        action = action.clip(-1, 1).astype(np.float32)
-        # update; queued before the environment steps, so that on CUDA both run at the same time
-        if step > args.learning_starts:
-            run["updates"] += 1
-            # §4.2, experience review
-            review = torch.rand((), generator=agent.ne_rng).item() > run["epsilon"]
-            run["reviewed"] += review
-            batch = buffer.sample(args.review_fraction if review else 1.0)
-            # critic, then actor and targets
-            qf_loss, qf_values = update_critic(batch)
-            if run["updates"] % args.policy_frequency == 0:
-                actor_loss = update_actor(batch)
-            if run["updates"] % args.review_interval == 0:
-                dormant = topology.count_dormant(sum(agent.hidden(batch)["critic"], []), args.review_tau)
-                run["epsilon"] = review_threshold(run["epsilon"], run["dormant"], dormant, args)
-                run["dormant"] = dormant
-            if args.redo_interval and run["updates"] % args.redo_interval == 0:
-                topology.redo(agent.mlps, agent.hidden(batch), args.redo_tau, agent.optimizers, agent.ne_rng)
-        # step and store
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        buffer.add(obs, action, next_obs, reward, terminated)
-        obs = next_obs
-        episodic_return, episodic_length = episodic_return + float(reward), episodic_length + 1
-        # topology
-        if step in rounds:
-            for key, count in topology_round(agent, buffer.sample(rng=agent.ne_rng), step, alpha).items():
-                run["counts"][key] += count
-            for name, layer in ((f"{n}/{i}", layer) for n in agent.layers for i, layer in enumerate(agent.layers[n])):
-                writer.add_image(f"masks/{name}", layer.mask[None].float(), step)
-        if args.reset_interval and step % args.reset_interval == 0 and step < args.total_timesteps:
-            topology.reset(agent.mlps, agent.targets, agent.optimizers, agent.ne_rng)
-        # log
-        if step % 1_000 == 0 and run["updates"]:
-            losses = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/actor_loss": actor_loss}
-            log({"charts/SPS": (step - first_step) / (time.time() - start)} | losses)
-        # evaluate
-        if step % args.eval_frequency == 0 or step == args.total_timesteps:
-            returns = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed)
-            row = {"step": step, "eval/return_mean": np.mean(returns), "eval/return_std": np.std(returns)}
-            row["charts/episodic_return"] = np.mean(run["returns"] or [math.nan])
-            row |= {"losses/qf_loss": float(qf_loss), "losses/qf_values": float(qf_values)}
-            for name, hidden in agent.hidden(buffer.sample(rng=torch.Generator().manual_seed(step))).items():
-                row |= topology.metrics(f"ne/{name}", agent.layers[name], sum(hidden, []))
-            row |= run["counts"] | {"ne/review_epsilon": run["epsilon"]}
-            row["ne/review_share"] = run["reviewed"] / max(run["updates"], 1)
-            log({key: value for key, value in row.items() if key.startswith(("eval/", "ne/"))})
-            status = f"density {row['ne/actor/density']:.0%} actor, {row['ne/critic/density']:.0%} critics"
-            bar.write(f"step {step:,}: return {np.mean(returns):.0f} +- {np.std(returns):.0f}, {status}")
-            with open(run_dir / "results.csv", "a", newline="") as file:
-                csv.writer(file).writerows([row.values()] if file.tell() else [row.keys(), row.values()])
-                run["returns"], run["results_bytes"] = [], file.tell()
-        # episode end: log, checkpoint, reset
-        bar.update()
-        if terminated or truncated:
-            log({"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length})
-            run["returns"].append(episodic_return)
-            bar.set_postfix_str(f"return {episodic_return:.0f}, {status}", refresh=False)
-            if stops or step // args.checkpoint_frequency > run["saved"] // args.checkpoint_frequency:
-                save()
-            if stops:
-                print(f"stopped at step {step}; continue with: python {sys.argv[0]} --resume {run_dir}")
-                raise SystemExit(0 if stops[0] == signal.SIGTERM else 130)
-            episodic_return, episodic_length = 0.0, 0
-            obs, _ = env.reset()
-
-    save(finished=True)
-    for part in (bar, writer, env, eval_env):
-        part.close()
-    speed = (step - first_step) / (time.time() - start)
-    print(f"return {row['eval/return_mean']:.1f} +- {row['eval/return_std']:.1f} at {speed:.0f} steps per second")
-    for name in agent.optimizers:
-        print(f"{name:6s} density {row[f'ne/{name}/density']:.1%}, active ratio {row[f'ne/{name}/active_ratio']:.1%}")
-
-
-if __name__ == "__main__":
+def as_script(main) -> None:
+    """Runs `main`; one line and a non-zero exit for what can go wrong around it."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each row at once
+    threading.excepthook = lambda failure: None  # TensorBoard's thread; `main` sees it too
     try:
         main()
     except (KeyboardInterrupt, BrokenPipeError):
         raise SystemExit(130) from None
+    except EnvironmentFault as e:
+        die(f"{e}; --resume continues the last checkpoint, if there is one", 1)
     except OSError as e:  # a full disk, a folder that went away
-        die(f"cannot write: {e}; make room and continue the last checkpoint with --resume", code=1)
+        die(f"cannot write: {e}; make room and continue the last checkpoint with --resume", 1)
+    except (MemoryError, RuntimeError) as e:
+        reason = str(e).splitlines()[0]
+        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        if not memory and "allocate memory" not in reason:
+            raise
+        die(f"the replay buffer and the networks must fit in memory: {reason}", 1)
+
+
+if __name__ == "__main__":
+    as_script(main)

@@ -1,204 +1,136 @@
-"""TD3 and the rivals of Neuroplastic Expansion on it, continuous control from states, in one file.
+"""TD3 and rivals of Neuroplastic Expansion on it, continuous control from states.
 
-Paper: Neuroplastic Expansion in Deep Reinforcement Learning, arXiv 2410.07994; §, Eq. and Table below refer to it.
-Run:   python baselines/td3_continuous.py --method redo --seed 1    (--help lists all flags)
-With --method none it is TD3: ne_td3_continuous.py --initial-density 1 --review-floor 1, bit for bit. docs/baselines.md
+Paper: Neuroplastic Expansion in Deep Reinforcement Learning, arXiv 2410.07994.
+       §, Eq. and Table refer to it; docs/baselines.md says what each method does.
+Run:   python -m baselines.td3_continuous --method redo    (--help lists all flags)
+       in the root of the repository; about as fast as ne_td3_continuous.py
+With --method none it is TD3, and ne_td3_continuous.py without NE (--initial-density 1
+--review-floor 1) is bit-equal to it. The agent here is the witness for that: it has plain
+layers of its own. What is not the agent's or a method's is imported from that script.
 """
 
 import copy
-import csv
-import gc
-import json
 import math
-import os
-import signal
-import sys
-import threading
 import time
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+
+import utils_topology as topology
+from ne_td3_continuous import (
+    Batch,
+    EnvironmentFault,
+    ReplayBuffer,
+    Run,
+    RunArgs,
+    TD3Args,
+    as_script,
+    die,
+    evaluate_postponed,
+    fast_updates,
+    make_env,
+    parse_args,
+    restore,
+    set_up_torch,
+)
 
 
 @dataclass
-class Args:
-    # --- run ---
-    exp_name: str = "td3_continuous"  # name of this experiment, part of the run's name
-    env_id: str = "HalfCheetah-v5"  # Gymnasium id of a task with flat Box observations and bounded Box actions
-    seed: int = 1  # seed of everything random, >= 0
-    total_timesteps: int = 1_000_000  # length of the run in environment steps
-    cuda: bool = True  # use the GPU if there is one
-    cudagraphs: bool = True  # on CUDA: capture the two updates once and replay them; off: eager
-    compile: bool = False  # compile losses and gradients: faster on a CPU after half a minute, needs a C++ compiler
-    torch_threads: int = 1  # CPU threads of torch; networks this small run best with one and several runs side by side
-    torch_deterministic: bool = True  # on CUDA: deterministic kernels where there are any
-    run_dir: str | None = None  # where all files go; default runs/{env_id}__{exp_name}__{seed}__{unix_time}
-    track: bool = False  # also log to Weights & Biases (needs `pip install wandb`)
-    wandb_project_name: str = "neuroplastic-expansion"  # project on Weights & Biases
-    wandb_entity: str | None = None  # team on Weights & Biases
-    capture_video: bool = False  # record the first episode of each evaluation (needs moviepy and OpenGL)
-    eval_frequency: int = 5_000  # environment steps between two rows of results.csv (TD3 reference code)
-    eval_episodes: int = 10  # per evaluation: deterministic policy, own environment and seed (TD3 reference code)
-    checkpoint_frequency: int = 50_000  # environment steps; written at the first episode end after each
-    resume: str | None = None  # RUN_DIR of an interrupted run: continue it exactly, with its own arguments
-    evaluate: str | None = None  # path of a checkpoint: evaluate its policy for --eval-episodes and exit
-    # --- TD3 (Fujimoto et al. 2018; values of the reference code) ---
-    learning_rate: float = 3e-4  # Adam's step size, actor and critics
-    batch_size: int = 256  # transitions per update
-    buffer_size: int = 1_000_000  # transitions kept
-    gamma: float = 0.99  # discount factor per step
-    tau: float = 0.005  # Polyak step of the target networks, per actor update
-    learning_starts: int = 25_000  # environment steps with uniform random actions before the first update
-    exploration_noise: float = 0.1  # standard deviation of the exploration noise; unit: half the action range
-    policy_noise: float = 0.2  # standard deviation of the target policy's smoothing noise; unit: half the action range
-    noise_clip: float = 0.5  # bound of the smoothing noise; unit: half the action range
-    policy_frequency: int = 2  # critic updates per update of actor and targets
-    actor_hidden: tuple[int, ...] = (256, 128)  # widths of the actor's hidden layers (Table 1)
-    critic_hidden: tuple[int, ...] = (256, 128)  # widths of the hidden layers of each critic (Table 1)
-    scale: int = 1  # scale-up study (§B.1): 1 = the widths above; s > 1 = width 256 throughout and s - 1 more layers
-    # --- rivals ---
-    method: Literal["none", "reset", "redo", "layer-norm", "injection", "recency"] = "none"  # none: TD3
-    reset_interval: int = 200_000  # reset: environment steps between two (Nikishin et al. 2022)
-    redo_interval: int = 1_000  # redo: updates between two resets of dormant neurons (Sokar et al. 2023)
-    redo_tau: float = 0.1  # redo: a neuron is dormant when its score (Eq. 1) is at most this
-    injection_step: int | None = None  # injection: environment step of it (Nikishin et al. 2024); default: half the run
-    recency_horizon: int = 80_000  # recency: sampling weight of a transition max(0.1, 1 - age / this) (Wu et al. 2026)
+class MethodArgs:
+    """A rival of NE, and its flags."""
+
+    method: Literal["none", "reset", "redo", "regrama", "layer-norm", "injection", "recency"] = (
+        "none"
+    )
+    """what acts on TD3; none: TD3"""
+    reset_interval: int = 200_000
+    """reset: environment steps between two (Nikishin et al. 2022)"""
+    redo_interval: int = 1_000
+    """redo: updates between two (Sokar et al. 2023)"""
+    redo_tau: float = 0.1
+    """redo: a neuron is dormant at a score (Eq. 1) of at most this"""
+    regrama_interval: int = 1_000
+    """regrama: updates between two (Liu et al. 2025, authors' code)"""
+    regrama_tau: float = 0.1
+    """regrama: a neuron is inactive at a score of at most this (authors' README)"""
+    injection_step: int | None = None
+    """injection: environment step of it (Nikishin et al. 2024); default: half the run"""
+    recency_horizon: int = 80_000
+    """recency: a transition's weight is max(0.1, 1 - age / this) (Wu et al. 2026)"""
 
 
-def die(message: str, code: int = 2) -> NoReturn:
-    """One clear line and a non-zero exit: 2 for a mistake on the command line, 1 for what went wrong later."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+@dataclass
+class Args(MethodArgs, TD3Args, RunArgs):
+    """All flags."""
+
+    exp_name: str = "td3_continuous"
 
 
-RANGES = [  # of each flag; None, where it is a default, is not checked
-    ("at least 0", lambda x: x >= 0, "seed exploration_noise policy_noise noise_clip redo_tau"),
-    ("at least 1", lambda x: x >= 1, "total_timesteps torch_threads eval_frequency eval_episodes batch_size"),
-    ("at least 1", lambda x: x >= 1, "checkpoint_frequency learning_starts buffer_size policy_frequency"),
-    ("at least 1", lambda x: x >= 1, "reset_interval redo_interval injection_step recency_horizon"),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma tau"),
-    ("in (0, 1]", lambda x: 0 < x <= 1, "learning_rate"),
-    ("widths of at least 1", lambda x: min(x, default=0) >= 1, "actor_hidden critic_hidden"),
-    ("1, 2, 3 or 4", lambda x: x in (1, 2, 3, 4), "scale"),
-]
+@dataclass
+class Progress:
+    """What a run has done so far."""
+
+    updates: int = 0
+    # returns of the episodes since the last evaluation
+    returns: list[float] = field(default_factory=list)
+    # of the last batch
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    # evaluations that fell due while the run was stopping: (row, weights of the actor)
+    postponed: list[tuple[dict, dict]] = field(default_factory=list)
 
 
-def make_env(env_id: str, videos: Path | None = None, episodes: int = 1) -> gym.Env:
-    """One environment with actions in [-1, 1], rescaled to its own bounds; `videos` gets every `episodes`-th episode.
-
-    Raises: SystemExit(2) where it cannot be made, or has not flat Box observations and bounded flat Box actions.
-    """
-    try:
-        env = gym.make(env_id, render_mode="rgb_array" if videos else None)
-        if videos:
-            env.reset()
-            env.render()
-            env = gym.wrappers.RecordVideo(env, str(videos), episode_trigger=lambda episode: episode % episodes == 0)
-    except Exception as e:  # each environment and each renderer has errors of its own
-        renders = os.environ.get("MUJOCO_GL") != "disable" and not isinstance(e, gym.error.UnregisteredEnv)
-        flag = "--capture-video needs moviepy and OpenGL (Debian: libegl1, libgl1)" if renders else "--env-id"
-        die(f"{flag}: cannot make {env_id}: {' '.join(str(e).split())}")
-    obs, act = env.observation_space, env.action_space
-    flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs, act))
-    if not flat or obs.dtype.kind != "f" or not np.isfinite(act.high - act.low).all():
-        die(f"--env-id needs flat Box observations of floats, flat Box actions with finite bounds; got {obs} and {act}")
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-
-
-class Batch(NamedTuple):
-    """Views of preallocated tensors. `noise` is standard normal, for the smoothing of the target policy."""
-
-    obs: torch.Tensor  # (B, obs)
-    obs_actions: torch.Tensor  # (B, obs + act), observation and action in [-1, 1], the critics' input
-    next_obs: torch.Tensor  # (B, obs)
-    rewards: torch.Tensor  # (B,)
-    terminated: torch.Tensor  # (B,), 1.0 where the episode ended, but not by its time limit
-    noise: torch.Tensor  # (B, act)
-
-
-class ReplayBuffer:
-    """A ring of transitions on the device, one float32 row each: obs | action | next obs | reward | terminated."""
-
-    def __init__(self, capacity: int, n_obs: int, n_act: int, batch_size: int, seed: int, device: torch.device):
-        columns = [n_obs, n_act, n_obs, 1, 1]
-        try:
-            self.data = torch.empty(capacity, sum(columns), device=device)
-        except RuntimeError:
-            die(f"--buffer-size must fit in memory, got {capacity} ({capacity * sum(columns) * 4 / 2**30:.1f} GiB)")
-        self.capacity, self.position, self.size = capacity, 0, 0
-        self.rng = torch.Generator(device).manual_seed(seed)
-        self.row = np.empty(sum(columns), dtype=np.float32)
-        self.rows = torch.empty(batch_size, sum(columns), device=device)  # every batch is written here
-        obs, _, next_obs, rewards, terminated = self.rows.split(columns, dim=1)
-        noise = torch.empty(batch_size, n_act, device=device)
-        self.batch = Batch(obs, self.rows[:, : n_obs + n_act], next_obs, rewards[:, 0], terminated[:, 0], noise)
-
-    def add(self, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, reward: float, terminated: bool) -> None:
-        np.concatenate((obs, action, next_obs, (reward, terminated)), out=self.row, casting="same_kind")
-        self.data[self.position].copy_(torch.from_numpy(self.row), non_blocking=True)
-        self.position = (self.position + 1) % self.capacity
-        self.size = min(self.size + 1, self.capacity)
-
-    def sample(self, by_age: torch.Tensor | None = None, rng: torch.Generator | None = None) -> Batch:
-        """A batch, uniform or by cumulative weights of ages 0, 1, ..., written into the same tensors at every call."""
-        rng = rng or self.rng
-        first = self.position if self.size == self.capacity else 0  # the oldest row, also when the ring has wrapped
-        if by_age is not None:  # age 0 is the newest row
-            u = torch.rand(len(self.rows), generator=rng, dtype=by_age.dtype, device=rng.device) * by_age[self.size - 1]
-            row = (self.size - 1 - torch.searchsorted(by_age[: self.size], u, right=True)).clamp_min(0)
-        else:
-            row = torch.randint(self.size, (len(self.rows),), generator=rng, device=rng.device)
-        index = (first + row) % self.capacity
-        torch.index_select(self.data, 0, index.to(self.data.device), out=self.rows)
-        self.batch.noise.copy_(torch.randn(self.batch.noise.shape, generator=rng, device=rng.device))
-        return self.batch
-
-    def state_dict(self) -> dict:
-        """The filled part only; on the CPU a view with a storage of its own length, so that saving copies nothing."""
-        filled = torch.from_numpy(self.data[: self.size].cpu().numpy())
-        return {"filled": filled, "position": self.position, "rng": self.rng.get_state()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.size, self.position = len(state["filled"]), state["position"]
-        self.data[: self.size] = state["filled"]
-        self.rng.set_state(state["rng"])
-
-
-class Linear(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, in) -> (B, out); compiled, bias and ReLU share a loop
-        return x @ self.weight.t() + self.bias if torch.compiler.is_compiling() else super().forward(x)
-
-
+# --- networks -----------------------------------------------------------------
 class MLP(nn.Module):
-    """Hidden layers (linear, LayerNorm if asked for, ReLU) and a linear output; after an injection plus two more."""
+    """Hidden layers (linear, LayerNorm if asked for, ReLU), then a linear layer.
 
-    def __init__(self, sizes: list[int], layer_norm: bool):
+    After a plasticity injection `layers` is theta_1, which learns, `frozen` is theta, which
+    it was until then, and `copied` is theta_2, what theta_1 started from.
+    """
+
+    def __init__(self, sizes: list[int], method: str):
         super().__init__()
-        self.layers = nn.ModuleList(Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False))
-        self.norms = nn.ModuleList(nn.LayerNorm(n) if layer_norm else nn.Identity() for n in sizes[1:-1])
-        self.injected, self.fresh, self.copied = False, None, None
+        self.layers = nn.ModuleList()
+        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+            self.layers.append(nn.Linear(n_in, n_out))
+        self.norms = nn.ModuleList()
+        for n in sizes[1:-1]:
+            self.norms.append(nn.LayerNorm(n) if method == "layer-norm" else nn.Identity())
+        self.injected = False
+        if method == "injection":  # what is in them until then is of no account
+            self.frozen = copy.deepcopy(self.layers)
+            self.copied = copy.deepcopy(self.layers)
 
     def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, sizes[0]) -> [(B, n), ...] of the hidden layers."""
+        """(B, sizes[0]) -> [(B, n), ...] of the hidden layers that learn."""
         hidden = []
-        for layer, norm in zip(self.layers, self.norms, strict=False):
-            x = F.relu(norm(layer(x)), inplace=True)
+        for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
+            x = F.relu(norm(layer(x)))
             hidden.append(x)
         return hidden
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.layers[-1](self.activations(x)[-1])  # (B, sizes[-1])
-        return y + (MLP.forward(self.fresh, x) - MLP.forward(self.copied, x)) if self.injected else y
+        hidden = self.activations(x)
+        y = self.layers[-1](hidden[-1])  # (B, sizes[-1])
+        if self.injected:
+            return plain(self.frozen, x) + (y - plain(self.copied, x))
+        return y
+
+    def get_extra_state(self) -> bool:
+        return self.injected
+
+    def set_extra_state(self, injected: bool) -> None:
+        self.injected = injected
+
+
+def plain(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    """Linear layers with ReLU between them."""
+    for layer in layers[:-1]:
+        x = F.relu(layer(x))
+    return layers[-1](x)
 
 
 class Actor(MLP):
@@ -207,9 +139,17 @@ class Actor(MLP):
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return torch.tanh(super().forward(obs))
 
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> list[torch.Tensor]:
+        return self.activations(batch.obs)
+
     @torch.inference_mode()
-    def act(self, obs: np.ndarray) -> np.ndarray:  # (obs,) -> (act,)
-        return self(torch.as_tensor(obs, dtype=torch.float32).to(self.layers[0].weight.device)[None])[0].cpu().numpy()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """(obs,) -> (act,)."""
+        device = self.layers[0].weight.device
+        row = torch.as_tensor(obs, dtype=torch.float32).to(device)
+        actions = self(row[None])  # (1, act)
+        return actions[0].cpu().numpy()
 
 
 class Critic(MLP):
@@ -218,433 +158,443 @@ class Critic(MLP):
     def forward(self, obs_actions: torch.Tensor) -> torch.Tensor:
         return super().forward(obs_actions)[:, 0]
 
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> list[torch.Tensor]:
+        return self.activations(batch.obs_actions)
+
+
+# --- agent: TD3 ---------------------------------------------------------------
+class Network:
+    """What one optimiser trains, the actor or both critics, and their targets."""
+
+    def __init__(self, mlps: list[MLP], targets: list[MLP], learning_rate: float):
+        self.mlps = mlps
+        self.targets = targets
+        self.params = []
+        for mlp in mlps:
+            self.params += mlp.layers.parameters()
+            self.params += mlp.norms.parameters()
+        self.optimizer = topology.adam(self.params, learning_rate)
+
+    def step(self, gradients: tuple[torch.Tensor, ...]) -> None:
+        """One step of Adam; `gradients` are those of `params`."""
+        topology.adam_step(self.optimizer, gradients)
+
+    @torch.no_grad()
+    def update_targets(self, tau: float) -> None:
+        """Polyak averaging: target <- (1 - tau) * target + tau * online."""
+        for mlp, target in zip(self.mlps, self.targets, strict=True):
+            for p, target_p in zip(mlp.parameters(), target.parameters(), strict=True):
+                target_p.lerp_(p, tau)
+
+    def hidden(self, batch: Batch) -> list[torch.Tensor]:
+        """Activations [(B, n), ...] of the hidden layers of all MLPs."""
+        hidden = []
+        for mlp in self.mlps:
+            hidden += mlp.hidden(batch)
+        return hidden
+
 
 class Agent(nn.Module):
-    """Actor, twin critics, their targets and optimisers. Both updates are pure functions of a batch, all in place."""
+    """Actor, twin critics and their targets; both updates are functions of a batch."""
 
-    def __init__(self, args: Args, n_obs: int, n_act: int, device: torch.device):
+    def __init__(self, args: Args, n_obs: int, n_act: int, device, method_seed: int = 12_345):
         super().__init__()
-        self.args, deeper = args, (256,) * (args.scale + 1) if args.scale > 1 else None  # §B.1
-        self.actor = Actor([n_obs, *(deeper or args.actor_hidden), n_act], args.method == "layer-norm")
-        sizes = [n_obs + n_act, *(deeper or args.critic_hidden), 1]
-        self.critic = nn.ModuleList(Critic(sizes, args.method == "layer-norm") for _ in range(2))
-        self.mlps = {"actor": [self.actor], "critic": [*self.critic]}
-        self.params = {name: [p for mlp in mlps for p in mlp.parameters()] for name, mlps in self.mlps.items()}
-        for mlp in [self.actor, *self.critic] if args.method == "injection" else []:
-            mlp.fresh = copy.deepcopy(mlp)
-            for layer in mlp.fresh.layers:
-                layer.reset_parameters()
-            mlp.copied = copy.deepcopy(mlp.fresh)
-        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.args = args
+        # all that a method draws: it must not shift exploration noise and batches
+        self.method_rng = torch.Generator().manual_seed(method_seed)
+        actor_sizes = [n_obs, *args.actor_hidden, n_act]
+        critic_sizes = [n_obs + n_act, *args.critic_hidden, 1]
+        self.actor = Actor(actor_sizes, args.method)
+        self.critic_1 = Critic(critic_sizes, args.method)
+        self.critic_2 = Critic(critic_sizes, args.method)
+        self.target_actor = copy.deepcopy(self.actor)
+        self.target_critic_1 = copy.deepcopy(self.critic_1)
+        self.target_critic_2 = copy.deepcopy(self.critic_2)
         self.to(device)
-        self.online = [p.detach() for p in (*self.actor.parameters(), *self.critic.parameters())]
-        self.targets = [*self.target_actor.parameters(), *self.target_critic.parameters()]
-        self.optimizers = {}
-        for name, mlps in self.mlps.items():
-            params = [p for mlp in mlps for p in mlp.parameters()]
-            adam = torch.optim.Adam(params, args.learning_rate, fused=True, capturable=device.type == "cuda")
-            for p in params:  # its state from the start, so that `adam_step` finds it
-                adam.state[p] = {"step": torch.zeros((), device=device)}
-                adam.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.optimizers[name] = adam
+        critics = [self.critic_1, self.critic_2]
+        target_critics = [self.target_critic_1, self.target_critic_2]
+        self.networks = {
+            "actor": Network([self.actor], [self.target_actor], args.learning_rate),
+            "critic": Network(critics, target_critics, args.learning_rate),
+        }
 
     def critic_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eq. 3 with TD3's target smoothing and clipped double Q. Returns loss and mean Q."""
+        """Eq. 3 with TD3's target smoothing and clipped double Q. Returns: loss, mean Q."""
         args = self.args
         with torch.no_grad():
-            noise = (batch.noise * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)  # (B, act)
-            next_actions = (self.target_actor(batch.next_obs) + noise).clamp(-1, 1)  # (B, act)
-            next_obs_actions = torch.cat((batch.next_obs, next_actions), dim=1)  # (B, obs + act)
-            next_q = torch.minimum(*[critic(next_obs_actions) for critic in self.target_critic])  # (B,)
-            target_q = batch.rewards + args.gamma * (1 - batch.terminated) * next_q  # (B,)
-        q1, q2 = (critic(batch.obs_actions) for critic in self.critic)  # (B,), (B,)
-        return F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q), q1.mean()
+            noise = args.policy_noise * batch.noise  # (B, act)
+            noise = noise.clamp(-args.noise_clip, args.noise_clip)
+            next_actions = self.target_actor(batch.next_obs) + noise
+            next_actions = next_actions.clamp(-1, 1)  # (B, act)
+            next_obs_actions = torch.cat((batch.next_obs, next_actions), dim=1)
+            next_q_1 = self.target_critic_1(next_obs_actions)  # (B,)
+            next_q_2 = self.target_critic_2(next_obs_actions)  # (B,)
+            next_q = torch.minimum(next_q_1, next_q_2)
+            going_on = 1 - batch.terminated
+            target_q = batch.rewards + args.gamma * going_on * next_q  # (B,)
+        q_1 = self.critic_1(batch.obs_actions)  # (B,)
+        q_2 = self.critic_2(batch.obs_actions)  # (B,)
+        loss = F.mse_loss(q_1, target_q) + F.mse_loss(q_2, target_q)  # ()
+        return loss, q_1.mean()
 
     def actor_loss(self, batch: Batch) -> torch.Tensor:
-        """Eq. 4, deterministic policy gradient: minus the mean Q1 of the policy's own actions."""
-        return -self.critic[0](torch.cat((batch.obs, self.actor(batch.obs)), dim=1)).mean()
+        """Eq. 4, deterministic policy gradient: minus the mean Q1 of its own actions."""
+        actions = self.actor(batch.obs)  # (B, act)
+        obs_actions = torch.cat((batch.obs, actions), dim=1)  # (B, obs + act)
+        return -self.critic_1(obs_actions).mean()  # ()
 
-    def critic_gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    def critic_gradients(self, batch: Batch):
+        """Returns: loss, mean Q, and the gradients of the critics' parameters."""
         loss, mean_q = self.critic_loss(batch)
-        return loss.detach(), mean_q.detach(), torch.autograd.grad(loss, self.params["critic"])
+        gradients = torch.autograd.grad(loss, self.networks["critic"].params)
+        return loss.detach(), mean_q.detach(), gradients
 
-    def actor_gradients(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def actor_gradients(self, batch: Batch):
+        """Returns: loss and the gradients of the actor's parameters."""
         loss = self.actor_loss(batch)
-        return loss.detach(), torch.autograd.grad(loss, self.params["actor"])
+        gradients = torch.autograd.grad(loss, self.networks["actor"].params)
+        return loss.detach(), gradients
 
     def update_critic(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns loss and mean Q before the step."""
         loss, mean_q, gradients = self.critic_gradients(batch)
-        adam_step(self.optimizers["critic"], self.params["critic"], gradients)
+        self.networks["critic"].step(gradients)
         return loss, mean_q
 
     def update_actor(self, batch: Batch) -> torch.Tensor:
-        """One step of the policy, then Polyak averaging of all targets."""
+        """One step of the policy, then of all targets. Returns the loss before."""
         loss, gradients = self.actor_gradients(batch)
-        adam_step(self.optimizers["actor"], self.params["actor"], gradients)
-        torch._foreach_lerp_(self.targets, self.online, self.args.tau)
+        self.networks["actor"].step(gradients)
+        for network in self.networks.values():
+            network.update_targets(self.args.tau)
         return loss
 
-    @torch.no_grad()
-    def hidden(self, batch: Batch) -> dict[str, list[list[torch.Tensor]]]:
-        """Activations [(B, n), ...] of the hidden layers, for each MLP of each network."""
-        inputs = {"actor": batch.obs, "critic": batch.obs_actions}
-        return {name: [mlp.activations(inputs[name]) for mlp in mlps] for name, mlps in self.mlps.items()}
+
+# --- methods ------------------------------------------------------------------
+def draw(layer: nn.Linear, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (out, in) and a bias (out,), as nn.Linear draws them."""
+    bound = 1 / math.sqrt(layer.in_features)
+    weight = torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=rng)
+    bias = torch.empty(layer.bias.shape).uniform_(-bound, bound, generator=rng)
+    return weight.to(layer.weight.device), bias.to(layer.bias.device)
 
 
 @torch.no_grad()
-def adam_step(optimizer: torch.optim.Adam, params: list[torch.Tensor], gradients: tuple[torch.Tensor, ...]) -> None:
-    """The kernel of `torch.optim.Adam.step` without the bookkeeping around it, which takes longer on a CPU."""
-    group, states = optimizer.param_groups[0], [optimizer.state[p] for p in params]
-    means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-    settings = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-    torch._foreach_add_(steps, 1)
-    torch._fused_adam_(params, gradients, means, squares, [], steps, beta1=0.9, beta2=0.999, **settings)
+def draw_all(network: Network, rng: torch.Generator) -> None:
+    """Draws the layers that learn and zeroes Adam's state, step counters too."""
+    for mlp in network.mlps:
+        for layer in mlp.layers:
+            weight, bias = draw(layer, rng)
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+    for state in network.optimizer.state.values():
+        for value in state.values():
+            value.zero_()
 
 
-class CudaGraph:
-    """Captures an update once and replays it. `batch` must be the same tensors at every call."""
-
-    def __init__(self, update):
-        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
-
-    def __call__(self, batch: Batch):
-        self.calls += 1
-        if self.calls <= 3:  # plain updates: the warm-up that a capture needs
-            return self.update(batch)
-        if self.calls == 4:
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):  # records without running
-                self.losses = self.update(batch)
-        self.graph.replay()
-        return self.losses
-
-
-def compile_gradients(agent: Agent, batch: Batch) -> None:
-    """One compiled graph for loss and backward pass of each network. Raises: SystemExit(1) if it cannot be compiled."""
-    print("compiling losses and gradients: half a minute, less when it was done before")
-    torch._dynamo.config.trace_autograd_ops = True
-    compiled = partial(torch.compile, fullgraph=True, options={"cpp_wrapper": not batch.obs.is_cuda})
-    agent.critic_gradients, agent.actor_gradients = map(compiled, (agent.critic_gradients, agent.actor_gradients))
-    try:
-        agent.critic_gradients(batch), agent.actor_gradients(batch)  # changes nothing but that they are compiled
-    except Exception as e:  # of the compilers, which are many
-        die(f"--compile needs a C++ compiler (Debian: g++, python3-dev): {str(e).splitlines()[0]}", code=1)
-    torch.compiler.set_stance(skip_guard_eval_unsafe=True)  # neither shapes nor tensors change from now on
-
-
-@torch.no_grad()
 def reset(agent: Agent) -> None:
-    """Reset (Nikishin et al. 2022): networks, targets and Adam's state start anew; the replay buffer stays."""
-    for layer in (layer for mlp in (agent.actor, *agent.critic) for layer in mlp.layers):
-        layer.load_state_dict(nn.Linear(layer.in_features, layer.out_features).state_dict())
-    torch._foreach_copy_(agent.targets, agent.online)
-    torch._foreach_zero_([x for adam in agent.optimizers.values() for s in adam.state.values() for x in s.values()])
+    """Reset (Nikishin et al. 2022): networks, targets and Adam's state start anew."""
+    for network in agent.networks.values():
+        draw_all(network, agent.method_rng)
+        network.update_targets(tau=1.0)
 
 
 @torch.no_grad()
+def start_anew(mlp: MLP, chosen: list[torch.Tensor], optimizer, rng: torch.Generator) -> None:
+    """Draws what enters the chosen neurons, zeroes what leaves them; Adam's moments are 0.
+
+    Args:
+        chosen: boolean (n,) of each hidden layer.
+    """
+    for layer, neurons in zip(mlp.layers[:-1], chosen, strict=True):
+        weight, bias = draw(layer, rng)
+        layer.weight[neurons] = weight[neurons]
+        layer.bias[neurons] = bias[neurons]
+        for p in (layer.weight, layer.bias):
+            optimizer.state[p]["exp_avg"][neurons] = 0.0
+            optimizer.state[p]["exp_avg_sq"][neurons] = 0.0
+    # afterwards, so that 0 wins where the two overlap
+    for layer, neurons in zip(mlp.layers[1:], chosen, strict=True):
+        state = optimizer.state[layer.weight]
+        for values in (layer.weight, state["exp_avg"], state["exp_avg_sq"]):
+            values[:, neurons] = 0.0
+
+
 def redo(agent: Agent, batch: Batch) -> None:
-    """ReDo (Sokar et al. 2023): dormant neurons start anew, silent and without Adam's moments; the targets stay."""
-    for name, hidden in agent.hidden(batch).items():
-        state = agent.optimizers[name].state
-        for mlp, activations in zip(agent.mlps[name], hidden, strict=True):
-            dormant = [dormancy_scores(h) <= agent.args.redo_tau for h in activations]  # [(n,), ...]
-            for layer, neurons in zip(mlp.layers, dormant, strict=False):  # incoming weights (out, in) and bias (out,)
-                drawn = nn.Linear(layer.in_features, layer.out_features).to(neurons.device)
-                for old, new in ((layer.weight, drawn.weight), (layer.bias, drawn.bias)):
-                    old[neurons] = new[neurons]
-                    state[old]["exp_avg"][neurons] = state[old]["exp_avg_sq"][neurons] = 0.0
-            for layer, neurons in zip(mlp.layers[1:], dormant, strict=True):  # outgoing weights; last: 0 wins
-                for old in (layer.weight, state[layer.weight]["exp_avg"], state[layer.weight]["exp_avg_sq"]):
-                    old[:, neurons] = 0.0
+    """ReDo (Sokar et al. 2023): dormant neurons (Eq. 1) start anew; the targets stay."""
+    for network in agent.networks.values():
+        for mlp in network.mlps:
+            dormant = []
+            for h in mlp.hidden(batch):
+                scores = topology.dormancy_scores(h)  # (n,)
+                dormant.append(scores <= agent.args.redo_tau)
+            start_anew(mlp, dormant, network.optimizer, agent.method_rng)
 
 
+def neuron_gradients(mlp: MLP, loss_of, batch: Batch) -> list[torch.Tensor]:
+    """Gradients [(B, n), ...] of a loss, with respect to what enters each ReLU of `mlp`.
+
+    Behind the ReLU, the gradient of a dead neuron would not be 0.
+
+    Args:
+        loss_of: a function of a batch that calls `mlp` once.
+    """
+    entering = []
+    handles = []
+    for norm in mlp.norms:
+        hook = norm.register_forward_hook(lambda norm, x, y: entering.append(y))
+        handles.append(hook)
+    loss = loss_of(batch)
+    for handle in handles:
+        handle.remove()
+    return torch.autograd.grad(loss, entering)
+
+
+def regrama(agent: Agent, batch: Batch) -> None:
+    """ReGraMa (Liu et al. 2025, arXiv 2505.24061): ReDo with the score of a gradient.
+
+    A neuron's score is its mean |gradient| over the batch, over the mean of that in its
+    layer; the loss is the critics' for critics, the actor's for the actor. Interval and
+    threshold are those of the authors' code and README; the actor, the zeroed outgoing
+    weights and moments are ReDo's (ours), the code has none of the three.
+    """
+
+    def critic_loss(batch: Batch) -> torch.Tensor:
+        return agent.critic_loss(batch)[0]
+
+    losses = {"actor": agent.actor_loss, "critic": critic_loss}
+    for name, network in agent.networks.items():
+        for mlp in network.mlps:
+            inactive = []
+            for gradient in neuron_gradients(mlp, losses[name], batch):
+                scores = topology.dormancy_scores(gradient)  # (n,)
+                inactive.append(scores <= agent.args.regrama_tau)
+            start_anew(mlp, inactive, network.optimizer, agent.method_rng)
+
+
+@torch.no_grad()
 def inject(agent: Agent) -> None:
-    """Plasticity Injection (Nikishin et al. 2024): h(x) becomes h(x) + fresh(x) - copied(x); `fresh` alone learns."""
-    for mlp in (agent.actor, *agent.critic, agent.target_actor, *agent.target_critic):
-        mlp.injected = True
-    agent.mlps = {name: [mlp.fresh for mlp in mlps] for name, mlps in agent.mlps.items()}
-    agent.params = {name: [p for mlp in mlps for p in mlp.parameters()] for name, mlps in agent.mlps.items()}
+    """Plasticity Injection (Nikishin et al. 2024): h(x) becomes h(x) + h_1(x) - h_2(x).
+
+    h keeps its weights, h_2 those that h_1 starts from, and Adam starts anew with h_1. A
+    target has an h of its own, which goes on following, and the same h_1 and h_2.
+    """
+    for network in agent.networks.values():
+        for mlp in network.mlps + network.targets:
+            mlp.frozen.load_state_dict(mlp.layers.state_dict())
+            mlp.injected = True
+        draw_all(network, agent.method_rng)
+        for mlp, target in zip(network.mlps, network.targets, strict=True):
+            fresh = mlp.layers.state_dict()
+            for layers in (mlp.copied, target.layers, target.copied):
+                layers.load_state_dict(fresh)
 
 
-def dormancy_scores(hidden: torch.Tensor) -> torch.Tensor:
-    """Eq. 1: each neuron's mean |activation| over its layer's; 0 if the layer is silent. (B, n) -> (n,)."""
-    mean = hidden.abs().mean(0)  # (n,)
-    return mean / mean.mean().clamp_min(torch.finfo(mean.dtype).tiny)  # tiny: 0 / 0 is 0, dormant
+def recency_weights(args: Args, device: torch.device) -> torch.Tensor:
+    """Sums (buffer size,) of the weights of ages 0, 1, ...; 0 is the newest transition."""
+    age = torch.arange(args.buffer_size, dtype=torch.float64, device=device)
+    weights = 1 - age / args.recency_horizon
+    return weights.clamp_min(0.1).cumsum(0)
 
 
-def metrics(prefix: str, hidden: list[torch.Tensor]) -> dict[str, float]:
-    """What plasticity is measured by, on one batch of activations [(B, n), ...]; explained in docs/ne_td3.md."""
-    scores = torch.cat([dormancy_scores(h) for h in hidden])  # (neurons,)
-    values = {f"{prefix}/density": 1.0, f"{prefix}/dormant": int((scores <= 0).sum())}
-    for name, tau in (("active_ratio", 0.0), ("active_ratio_0.025", 0.025), ("active_ratio_0.1", 0.1)):
-        values[f"{prefix}/{name}"] = 1 - int((scores <= tau).sum()) / len(scores)
-    return values | {f"{prefix}/fau": sum(int((h > 0).sum()) for h in hidden) / sum(h.numel() for h in hidden)}
+def sample_recent(buffer: ReplayBuffer, batch: Batch, sums: torch.Tensor) -> None:
+    """Fills `batch` with transitions drawn by the weights of their ages."""
+    sums = sums[: buffer.size]
+    u = torch.rand(len(batch.rows), generator=buffer.rng, dtype=sums.dtype, device=sums.device)
+    age = torch.searchsorted(sums, u * sums[-1], right=True)
+    age = age.clamp_max(buffer.size - 1)  # (B,), for a u that rounding takes to the end
+    index = (buffer.position - 1 - age) % len(buffer.data)
+    torch.index_select(buffer.data, 0, index, out=batch.rows)
+    noise = torch.randn(batch.noise.shape, generator=buffer.rng, device=sums.device)
+    batch.noise.copy_(noise)
 
 
-def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float]:
-    """Undiscounted returns of the deterministic policy; the same seeds, hence the same starts, at every call."""
-    returns = []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=100 + seed + episode)  # not the seed of training
-        done, total = False, 0.0
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(actor.act(obs))
-            done, total = terminated or truncated, total + float(reward)
-        returns.append(total)
-    return returns
+# --- flags and metrics --------------------------------------------------------
+def check_method(args: Args) -> None:
+    """Fills in --injection-step. Raises: SystemExit(2) for a flag of another method."""
+    for flag in fields(MethodArgs):
+        value = getattr(args, flag.name)
+        method = flag.name.split("_")[0]
+        name = "--" + flag.name.replace("_", "-")
+        if flag.name != "method" and value != flag.default and args.method != method:
+            die(f"{name} needs --method {method}, got --method {args.method}")
+        if flag.name.endswith("_interval") and value < 1:
+            die(f"{name} must be at least 1, got {value}")
+    if args.method == "injection":
+        if args.injection_step is None:
+            args.injection_step = max(1, args.total_timesteps // 2)
+        if args.injection_step > args.total_timesteps:
+            last = args.total_timesteps
+            die(f"--injection-step must be at most {last}, got {args.injection_step}")
 
 
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Atomic: temporary file, fsync, rename. Raises: SystemExit(1) if it cannot be written; the old one stays."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
-        kept = f"the one before is good: --resume {path.parent}" if path.exists() else "there is none before it"
-        die(f"cannot write checkpoint {path}: {e.__context__ or e}; {kept}", code=1)
+def reset_steps(args: Args) -> range:
+    """Environment steps of the resets; there is none at the last step."""
+    if args.method != "reset":
+        return range(0)
+    return range(args.reset_interval, args.total_timesteps, args.reset_interval)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Raises: SystemExit(1) for a missing, damaged or foreign file."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if content["format"] == "td3_continuous 1":
-            return content
-    except FileNotFoundError:
-        die(f"there is no checkpoint {path}", code=1)
-    except Exception:  # torch raises many kinds for a damaged or foreign file
-        pass
-    die(f"{path} is damaged or not a checkpoint of {Path(__file__).name}", code=1)
+def method_plan(args: Args) -> str:
+    """One line that says what to expect."""
+    if args.method == "reset":
+        return f"method: reset, {len(reset_steps(args))} times"
+    if args.method == "injection":
+        return f"method: injection, at step {args.injection_step:,}"
+    return f"method: {args.method}"
 
 
-def parse_args() -> tuple[Args, dict | None]:
-    """The arguments and, with --resume or --evaluate, the checkpoint. Raises: SystemExit(2) for what cannot be."""
-    args, checkpoint = tyro.cli(Args), None
-    if args.evaluate is not None:
-        checkpoint = load_checkpoint(Path(args.evaluate))
-        asked = ("evaluate", "eval_episodes", "seed", "cuda")
-        args = Args(**checkpoint["run"]["args"] | {name: getattr(args, name) for name in asked})
-    elif args.resume is not None:
-        checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt")
-        stored = Args(**checkpoint["run"]["args"])
-        args = tyro.cli(Args, default=stored)  # so whatever differs now was given on the command line
-        may_change = ("resume", "cudagraphs", "track", "wandb_project_name", "wandb_entity", "capture_video")
-        for name, value in vars(stored).items():
-            if name not in may_change and getattr(args, name) != value:
-                die(f"--{name.replace('_', '-')} must be {value} or left out with --resume, got {getattr(args, name)}")
-    for allowed, holds, names in RANGES:
-        for name in names.split():
-            if (value := getattr(args, name)) is not None and not holds(value):
-                die(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
-    if args.batch_size > args.buffer_size:
-        die(f"--batch-size must be at most --buffer-size ({args.buffer_size}), got {args.batch_size}")
-    for name in ("reset_interval", "redo_interval", "redo_tau", "injection_step", "recency_horizon"):
-        if getattr(args, name) != getattr(Args, name) and args.method != name.split("_")[0]:
-            die(f"--{name.replace('_', '-')} needs --method {name.split('_')[0]}, got --method {args.method}")
-    if (args.injection_step or 1) > args.total_timesteps:
-        die(f"--injection-step must be at most --total-timesteps ({args.total_timesteps}), got {args.injection_step}")
-    if args.scale > 1 and not (args.actor_hidden == args.critic_hidden == (256, 128)):
-        die(f"--scale must be 1 with --actor-hidden or --critic-hidden, got {args.scale}: it sets every width to 256")
-    return args, checkpoint
-
-
-def open_run(args: Args, checkpoint: dict | None) -> tuple[Path, SummaryWriter]:
-    """The run's folder and its TensorBoard writer: new ones, or those of --resume cut back to the checkpoint."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume or args.run_dir or Path("runs") / name)
-    try:
-        if checkpoint is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            if (folder / "args.json").exists():
-                die(f"--run-dir must be a new folder, {folder} holds a run: continue it with --resume {folder}")
-            (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-            (folder / "results.csv").touch()
-        elif json.loads((folder / "args.json").read_text()) != json.loads(json.dumps(checkpoint["run"]["args"])):
-            die(f"{folder / 'checkpoint.pt'} belongs to another run than {folder / 'args.json'}", code=1)
-        else:
-            os.truncate(folder / "results.csv", checkpoint["run"]["results_bytes"])
-        threading.excepthook = lambda failure: None  # TensorBoard's thread: the same error is raised here as well
-        if args.track:
-            import wandb
-
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, sync_tensorboard=True)
-        return folder, SummaryWriter(str(folder), purge_step=checkpoint and checkpoint["run"]["step"] + 1)
-    except ImportError:
-        die("--track needs the package wandb: pip install wandb")
-    except OSError as e:
-        die(f"--run-dir must be a folder that can be written, got {folder}: {e}")
+def measure(agent: Agent, batch: Batch, progress: Progress, step: int) -> dict[str, float]:
+    """A row of results.csv, its returns still empty, with the columns of the NE script."""
+    row = {"step": step, "eval/return_mean": math.nan, "eval/return_std": math.nan}
+    row["charts/episodic_return"] = float(np.mean(progress.returns or math.nan))
+    for key in ("qf_loss", "qf_values"):
+        row[f"losses/{key}"] = float(progress.losses.get(key, math.nan))
+    for name, network in agent.networks.items():
+        values = {"density": 1.0} | topology.activity(network.hidden(batch))
+        values |= {"planned": 0, "grown": 0, "pruned": 0}
+        for key, value in values.items():
+            row[f"ne/{name}/{key}"] = value
+    row["ne/review_epsilon"] = 1.0
+    row["ne/review_share"] = 0.0
+    return row
 
 
 def main() -> None:
     # --- setup ---
-    args, checkpoint = parse_args()
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each row at once
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic kernels need
-        torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default stream
-        torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # training needs no OpenGL
-    torch.set_num_threads(args.torch_threads)
-    torch.set_flush_denormal(True)  # denormal numbers make long runs slow
-    seeds = [int(s) for s in np.random.SeedSequence(args.seed).generate_state(4)]
-    torch.manual_seed(seeds[0])  # initial weights, and what a rival draws later
-    noise_rng = np.random.default_rng(seeds[1])  # exploration
-    env = make_env(args.env_id)
-    n_obs, n_act = env.observation_space.shape[0], env.action_space.shape[0]
-    agent = Agent(args, n_obs, n_act, device)
-    buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, args.batch_size, seeds[2], device)
-    run = {"args": vars(args), "device": device.type, "step": 0, "updates": 0, "saved": 0, "results_bytes": 0}
-    run["returns"] = []
-    injection_step = args.injection_step or args.total_timesteps // 2
-    age = torch.arange(args.buffer_size, dtype=torch.float64, device=device)  # 0 is the newest transition
-    by_age = (1 - age / args.recency_horizon).clamp_min(0.1).cumsum(0) if args.method == "recency" else None
+    args, checkpoint = parse_args(Args)
+    check_method(args)
+    if args.batch_size > args.buffer_size:
+        die(f"--batch-size must be at most {args.buffer_size}, got {args.batch_size}")
+    device = set_up_torch(args)
+    seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
+    weight_seed, noise_seed, batch_seed, method_seed = seeds
+    torch.manual_seed(weight_seed)
+    noise_rng = np.random.default_rng(noise_seed)
+    env = make_env(args.env_id, args.max_episode_steps)
+    eval_env = make_env(args.env_id, args.max_episode_steps)
+    n_obs = env.observation_space.shape[0]
+    n_act = env.action_space.shape[0]
+    agent = Agent(args, n_obs, n_act, device, method_seed)
+    buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, batch_seed, device)
+    batch = buffer.new_batch(args.batch_size)
+    metrics_batch = buffer.new_batch(args.batch_size)
+    progress = Progress()
     obs, _ = env.reset(seed=args.seed)
+
+    # all that a resumed run needs
+    parts = {"agent": agent, "buffer": buffer, "progress": progress}
+    parts["method_rng"] = agent.method_rng
+    parts["noise_rng"] = noise_rng
+    parts["env_rng"] = env.unwrapped.np_random
+    for name, network in agent.networks.items():
+        parts[f"{name}_optimizer"] = network.optimizer
     if checkpoint is not None:
-        try:
-            agent.load_state_dict(checkpoint["agent"])
-        except RuntimeError:
-            die(f"the checkpoint does not fit {args.env_id} with {n_obs} observations and {n_act} actions", code=1)
-        run = checkpoint["run"]
-        if args.method == "injection" and run["step"] >= injection_step:
-            inject(agent)
-    if args.evaluate:
-        returns = evaluate(agent.actor, env, args.eval_episodes, args.seed)
-        return print(f"{args.env_id}, step {run['step']}: return {np.mean(returns):.1f}, std {np.std(returns):.1f}")
-    if run["step"] == args.total_timesteps:
-        return print(f"{args.resume} is finished, there is nothing to resume")
-    numpy_rngs = noise_rng, env.unwrapped.np_random
-    if checkpoint is not None:
-        if run["device"] != device.type:
-            die(f"--resume must continue on {run['device']}, where the run was started, got {device.type}")
-        buffer.load_state_dict(checkpoint["buffer"])
-        torch.set_rng_state(checkpoint["torch_rng"])
-        for name, adam in agent.optimizers.items():
-            adam.load_state_dict(checkpoint["optimizers"][name])
-        for rng, state in zip(numpy_rngs, checkpoint["numpy_rngs"], strict=True):
-            rng.bit_generator.state = json.loads(state)
+        restore(parts, checkpoint)
         obs, _ = env.reset()
-    if args.compile:
-        compile_gradients(agent, buffer.batch)
-    run_dir, writer = open_run(args, checkpoint)
-    videos = run_dir / f"videos/from_step_{run['step']}" if args.capture_video else None
-    eval_env = make_env(args.env_id, videos, args.eval_episodes)
-    graphed = CudaGraph if device.type == "cuda" and args.cudagraphs else lambda update: update
-    update_critic, update_actor = graphed(agent.update_critic), graphed(agent.update_actor)
-    resets = range(args.reset_interval, args.total_timesteps, args.reset_interval)  # none at the last step
-    plans = {"reset": f", {len(resets)} times", "injection": f", at step {injection_step:,}"}
-    print(f"{args.env_id}, seed {args.seed}, {device}: {run_dir}\nmethod: {args.method}{plans.get(args.method, '')}")
-    bar = tqdm(total=args.total_timesteps, initial=run["step"], unit=" steps", disable=None)
-    stops, hint = [], b"\nfinishing the episode in hand, then saving (once more: stop at once)\n"
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda n, _: os._exit(128 + n) if stops else stops.append(n) or os.write(2, hint))
-
-    def log(values: dict) -> None:
-        for key, value in values.items():
-            writer.add_scalar(key, float(value), run["step"])
-
-    def stop_unless_finite(values) -> None:
-        if not np.isfinite(values).all():
-            kept = f"the checkpoint of step {run['saved']} is kept" if run["saved"] else "there is no checkpoint yet"
-            die(f"loss is NaN or infinite at step {run['step']}; {kept} in {run_dir}", code=1)
-
-    def save(finished: bool = False) -> None:
-        stop_unless_finite(float(qf_loss) if run["updates"] else 0.0)
-        run["saved"] = run["step"]
-        writer.flush()
-        content = {"format": "td3_continuous 1", "run": run, "agent": agent.state_dict()}
-        content |= {"torch_rng": torch.get_rng_state(), "buffer": None if finished else buffer.state_dict()}
-        content["optimizers"] = {name: adam.state_dict() for name, adam in agent.optimizers.items()}
-        content["numpy_rngs"] = [json.dumps(r.bit_generator.state, default=np.ndarray.tolist) for r in numpy_rngs]
-        save_checkpoint(run_dir / "checkpoint.pt", content)
+    update_critic, update_actor = fast_updates(args, agent, batch)
+    run = Run(args, args.env_id, args.total_timesteps, checkpoint)
+    print(f"{args.env_id}, seed {args.seed}, {device}: {run.folder}\n{method_plan(args)}")
+    evaluate_postponed(run, progress, agent.actor, eval_env, args)
 
     # --- the loop ---
-    gc.freeze()  # what exists by now stays: garbage collection need not look at it again
-    qf_loss = qf_values = actor_loss = math.nan
-    episodic_return, episodic_length, status, start, first_step = 0.0, 0, "", time.time(), run["step"]
-    for step in range(run["step"] + 1, args.total_timesteps + 1):
-        run["step"] = step
+    resets = reset_steps(args)
+    weight_sums = recency_weights(args, device)
+    episodic_return = 0.0
+    episodic_length = 0
+    started = time.time()
+    first = run.saved + 1
+    for step in range(first, args.total_timesteps + 1):
         # act
         if step <= args.learning_starts:
             action = noise_rng.uniform(-1, 1, n_act)
         else:
-            action = agent.actor.act(obs) + noise_rng.normal(0, args.exploration_noise, n_act)
-            stop_unless_finite(action)
+            noise = noise_rng.normal(0, args.exploration_noise, n_act)
+            action = agent.actor.act(obs) + noise
+            run.require_finite(step, action)
         action = action.clip(-1, 1).astype(np.float32)
-        # update; queued before the environment steps, so that on CUDA both run at the same time
+
+        # update; before the environment steps, so that on CUDA both run at the same time
         if step > args.learning_starts:
-            run["updates"] += 1
-            batch = buffer.sample(by_age)
+            progress.updates += 1
+            if args.method == "recency":
+                sample_recent(buffer, batch, weight_sums)
+            else:
+                buffer.sample(batch)
             # critic, then actor and targets
-            qf_loss, qf_values = update_critic(batch)
-            if run["updates"] % args.policy_frequency == 0:
-                actor_loss = update_actor(batch)
-            if args.method == "redo" and run["updates"] % args.redo_interval == 0:
+            losses = {}
+            losses["qf_loss"], losses["qf_values"] = update_critic(batch)
+            if progress.updates % args.policy_frequency == 0:
+                losses["actor_loss"] = update_actor(batch)
+            for key, value in losses.items():
+                progress.losses[key] = value.clone()
+            if args.method == "redo" and progress.updates % args.redo_interval == 0:
                 redo(agent, batch)
+            if args.method == "regrama" and progress.updates % args.regrama_interval == 0:
+                regrama(agent, batch)
+
         # step and store
-        next_obs, reward, terminated, truncated, _ = env.step(action)
+        try:
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+        except EnvironmentFault as fault:
+            run.fail(step, str(fault))
         buffer.add(obs, action, next_obs, reward, terminated)
         obs = next_obs
-        episodic_return, episodic_length = episodic_return + float(reward), episodic_length + 1
-        # rivals
-        if args.method == "reset" and step in resets:
+        episodic_return += reward
+        episodic_length += 1
+
+        # rivals that count environment steps
+        if step in resets:
             reset(agent)
-        if args.method == "injection" and step == injection_step:
+        if args.method == "injection" and step == args.injection_step:
             inject(agent)
-            if args.compile:
+            if args.compile:  # what is compiled is the networks before
                 torch.compiler.reset()
                 torch.compiler.set_stance("default")
-                compile_gradients(agent, buffer.batch)
-            update_critic, update_actor = graphed(agent.update_critic), graphed(agent.update_actor)
-        # log
-        if step % 1_000 == 0 and run["updates"]:
-            losses = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/actor_loss": actor_loss}
-            log({"charts/SPS": (step - first_step) / (time.time() - start)} | losses)
-        # evaluate
-        if step % args.eval_frequency == 0 or step == args.total_timesteps:
-            returns = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed)
-            row = {"step": step, "eval/return_mean": np.mean(returns), "eval/return_std": np.std(returns)}
-            row["charts/episodic_return"] = np.mean(run["returns"] or [math.nan])
-            row |= {"losses/qf_loss": float(qf_loss), "losses/qf_values": float(qf_values)}
-            for name, hidden in agent.hidden(buffer.sample(rng=torch.Generator().manual_seed(step))).items():
-                row |= metrics(f"ne/{name}", sum(hidden, []))
-            log({key: value for key, value in row.items() if key.startswith(("eval/", "ne/"))})
-            status = f"active {row['ne/actor/active_ratio']:.0%} actor, {row['ne/critic/active_ratio']:.0%} critics"
-            bar.write(f"step {step:,}: return {np.mean(returns):.0f} +- {np.std(returns):.0f}, {status}")
-            with open(run_dir / "results.csv", "a", newline="") as file:
-                csv.writer(file).writerows([row.values()] if file.tell() else [row.keys(), row.values()])
-                run["returns"], run["results_bytes"] = [], file.tell()
-        # episode end: log, checkpoint, reset
-        bar.update()
+            update_critic, update_actor = fast_updates(args, agent, batch)
+
+        # evaluate and log
+        run.bar.update()
+        if step % 1_000 == 0:
+            run.log(step, "charts/SPS", (step - first + 1) / (time.time() - started))
+            for key, value in progress.losses.items():
+                run.log(step, f"losses/{key}", value)
+        last = step == args.total_timesteps
+        if step % args.eval_frequency == 0 or last:
+            run.require_finite(step, *agent.parameters())
+            buffer.sample(metrics_batch, rng=torch.Generator().manual_seed(step))
+            row = measure(agent, metrics_batch, progress, step)
+            progress.returns = []
+            weights = copy.deepcopy(agent.actor.state_dict())
+            progress.postponed.append((row, weights))
+            evaluate_postponed(run, progress, agent.actor, eval_env, args, last)
+
+        # episode end
         if terminated or truncated:
-            log({"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length})
-            run["returns"].append(episodic_return)
-            bar.set_postfix_str(f"return {episodic_return:.0f}, {status}", refresh=False)
-            if stops or step // args.checkpoint_frequency > run["saved"] // args.checkpoint_frequency:
-                save()
-            if stops:
-                print(f"stopped at step {step}; continue with: python {sys.argv[0]} --resume {run_dir}")
-                raise SystemExit(0 if stops[0] == signal.SIGTERM else 130)
-            episodic_return, episodic_length = 0.0, 0
+            run.log(step, "charts/episodic_return", episodic_return)
+            run.log(step, "charts/episodic_length", episodic_length)
+            progress.returns.append(episodic_return)
+            # no environment can be saved inside an episode
+            stopping = run.stop_signal is not None
+            due = step - run.saved >= args.checkpoint_frequency
+            if (due or stopping) and not last:
+                run.require_finite(step, *agent.parameters())
+                run.save(step, parts)
+                if stopping:
+                    run.leave(step)
+            episodic_return = 0.0
+            episodic_length = 0
             obs, _ = env.reset()
 
-    save(finished=True)
-    for part in (bar, writer, env, eval_env):
-        part.close()
-    speed = (step - first_step) / (time.time() - start)
-    print(f"return {np.mean(returns):.1f} +- {np.std(returns):.1f} at {speed:.0f} steps per second, {status}")
+    run.require_finite(step, *agent.parameters())
+    del parts["buffer"]  # a finished run needs it no more
+    run.save(step, parts, finished=True)
+    run.close()
+    print(f"finished: {run.folder}, {(step - first + 1) / (time.time() - started):.0f} steps/s")
+    for name in agent.networks:
+        print(f"{name}: active neurons {row[f'ne/{name}/active_ratio']:.1%}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (KeyboardInterrupt, BrokenPipeError):
-        raise SystemExit(130) from None
-    except OSError as e:  # a full disk, a folder that went away
-        die(f"cannot write: {e}; make room and continue the last checkpoint with --resume", code=1)
+    as_script(main)

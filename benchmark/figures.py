@@ -1,7 +1,8 @@
-"""The figures of matrix.py from the results of their runs: curves, aggregate, caption and table. Called by plot.py.
+"""The figures of matrix.py: curves, aggregate, caption and table. Commands of plot.py.
 
-Statistics as recommended by Agarwal et al. (2021), Deep Reinforcement Learning at the Edge of the Statistical
-Precipice: interquartile means with 95% intervals of a bootstrap that is stratified by task, here with SciPy.
+Statistics as recommended by Agarwal et al. (2021), Deep Reinforcement Learning at the Edge of the
+Statistical Precipice: interquartile means with 95% intervals of a bootstrap that is stratified by
+task, here with SciPy.
 """
 
 import functools
@@ -14,23 +15,22 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+import drawing
 import matrix
-import plot
+from drawing import COLOURS, COLUMNS, Panel, Seed
 
-COLOURS = [*plot.COLOURS, "#7a4a1e"]  # brown; grey stands for any method in legends
-COLUMNS = [column for _, columns in plot.PANELS for column in columns]
-RATIOS, DENSITIES = plot.PANELS[1][1], plot.PANELS[2][1]
+RETURN = "eval/return_mean"
 RESAMPLES = 2_000
 
 
 class Results(NamedTuple):
-    """What there is of a figure. `runs` has every method and task of the figure, be it with an empty list."""
+    """What there is of a figure. `runs` has every method and task, be it with an empty list."""
 
     figure: matrix.Figure
     methods: tuple[str, ...]
     tasks: tuple[str, ...]
     seeds: int  # wanted of each
-    runs: dict[str, dict[str, list[plot.Seed]]]  # {method: {task: runs}}
+    runs: dict[str, dict[str, list[Seed]]]  # {method: {task: runs}}
     stretches: list[tuple[float, float, str]]  # of a sequence of tasks: when each was trained
 
     def label(self, method: str) -> str:
@@ -41,21 +41,28 @@ class Results(NamedTuple):
         return "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
 
     def end(self, task: str) -> float:
-        """Last step of the longest run on a task; the other ones are unfinished if they are shorter. 0 without runs."""
-        return max((run["step"][-1] for method in self.methods for run in self.runs[method][task]), default=0)
+        """Last step of the longest run on a task; shorter ones are unfinished. 0 without runs."""
+        ends = [0.0]
+        for method in self.methods:
+            ends += [run["step"][-1] for run in self.runs[method][task]]
+        return max(ends)
 
-    def finished(self, method: str, task: str) -> list[plot.Seed]:
-        return [run for run in self.runs[method][task] if run["step"][-1] == self.end(task)]
+    def finished(self, method: str, task: str) -> list[Seed]:
+        end = self.end(task)
+        return [run for run in self.runs[method][task] if run["step"][-1] == end]
 
-    def final(self, method: str, task: str, columns: list[str]) -> np.ndarray:
-        """Mean of the columns over the last tenth of each finished run, (seeds,)."""
-        runs = [(run, run["step"] >= 0.9 * run["step"][-1]) for run in self.finished(method, task)]
-        return np.array([np.mean([run[column][late] for column in columns]) for run, late in runs])
+    def final(self, method: str, task: str, column: str) -> np.ndarray:
+        """Mean of a column over the last tenth of each finished run, (seeds,)."""
+        means = []
+        for run in self.finished(method, task):
+            late = run["step"] >= 0.9 * run["step"][-1]
+            means.append(np.mean(run[column][late]))
+        return np.array(means)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------
 def find(folders: tuple[Path, ...], run: matrix.Run) -> Path | None:
-    """Results of a run: PATH/results.csv, as run.py makes them, or PATH.csv, as in results/, with a row at least."""
+    """Results with a row at least: PATH/results.csv, as run.py makes them, or PATH.csv."""
     for folder in folders:
         for file in (folder / run.path / "results.csv", folder / f"{run.path}.csv"):
             if file.is_file() and file.read_bytes().count(b"\n") > 1:
@@ -63,103 +70,188 @@ def find(folders: tuple[Path, ...], run: matrix.Run) -> Path | None:
     return None
 
 
-def read(name: str, methods: tuple, tasks: tuple, seeds: int, folders: tuple[Path, ...]) -> Results:
+def columns_of(figure: matrix.Figure) -> list[str]:
+    """What is read: the columns of the table and those that the figure draws."""
+    columns = ["step", *COLUMNS]
+    for _, own in figure.panels:
+        columns += own
+    return list(dict.fromkeys(columns))
+
+
+def read(name: str, methods: tuple, tasks: tuple, seeds: int, folders: tuple) -> Results:
     """Raises: SystemExit(2) where there is nothing to draw."""
     figure = matrix.FIGURES[name]
-    files = [(run, find(folders, run)) for run in matrix.runs_of("full", seeds, tasks, methods)]
-    there = [(run, file) for run, file in files if file]
-    if not there:
-        plot.die(f"there are no results of {name} in {', '.join(map(str, folders))}; make them with benchmark/run.py")
+    files = []
+    for run in matrix.runs_of("full", seeds, tasks, methods):
+        file = find(folders, run)
+        if file is not None:
+            files.append((run, file))
+    if not files:
+        places = ", ".join(map(str, folders))
+        drawing.die(f"there are no results of {name} in {places}; make them with benchmark/run.py")
+    columns = columns_of(figure)
+    found = []  # (method, task, rows)
     stretches = []
     if tasks == matrix.CONTINUAL:
-        sequences = [(run.name, plot.read_continual(file, ["step", *COLUMNS])) for run, file in there]
-        longest = max((sequence for _, sequence in sequences), key=lambda sequence: sequence.stretches[-1][1])
-        tasks, stretches = tuple(longest.tasks), longest.stretches
-        found = [(method, task, rows) for method, sequence in sequences for task, rows in sequence.tasks.items()]
+        tasks = ()
+        for run, file in files:
+            sequence = drawing.read_continual(file, columns)
+            found += [(run.name, task, rows) for task, rows in sequence.tasks.items()]
+            if not stretches or sequence.stretches[-1][1] > stretches[-1][1]:
+                stretches = sequence.stretches
+                tasks = tuple(sequence.tasks)
     else:
-        found = [(run.name, run.task, plot.read_results(file, ["step", *COLUMNS])) for run, file in there]
-    runs = {method: {task: [] for task in tasks} for method in methods}
+        found = [(run.name, run.task, drawing.read_results(file, columns)) for run, file in files]
+    runs = {}
+    for method in methods:
+        runs[method] = {task: [] for task in tasks}
     for method, task, rows in found:
         runs[method][task].append(rows)
     return Results(figure, methods, tasks, seeds, runs, stretches)
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------
+# --- statistics ---------------------------------------------------------------
 def iqm(*tasks: np.ndarray, axis: int) -> np.ndarray:
-    """Interquartile mean over the seeds of all tasks, (..., seeds) each. Of fewer than four values it is the mean."""
-    from scipy.stats import trim_mean  # here, as it takes a second that the other commands of plot.py need not wait
+    """Interquartile mean over the seeds of all tasks, (..., seeds) each; of up to three: mean."""
+    # here, as it takes a second that the other commands of plot.py need not wait
+    from scipy.stats import trim_mean
 
     return trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)
 
 
 def interval(*tasks: np.ndarray) -> np.ndarray:
-    """Bounds (2, ...) of the 95% interval of the interquartile mean of (seeds, ...), seeds drawn anew within each task.
+    """Bounds (2, ...) of the 95% interval of the interquartile mean of (seeds, ...).
 
-    NaN where a task has one seed only, or no value, as the active ratios before the first update.
+    Seeds are drawn anew within each task. NaN where a task has one seed only, or no value, as the
+    active ratios before the first update.
     """
     from scipy.stats import DegenerateDataWarning, bootstrap
 
     if min(len(scores) for scores in tasks) < 2:
         return np.full((2, *tasks[0].shape[1:]), np.nan)
-    options = {"axis": 0, "method": "percentile", "n_resamples": RESAMPLES, "rng": np.random.default_rng(0)}
     with warnings.catch_warnings(action="ignore", category=DegenerateDataWarning):  # of the NaN
-        return np.stack(bootstrap(tasks, iqm, **options).confidence_interval)
+        result = bootstrap(
+            tasks,
+            iqm,
+            axis=0,
+            method="percentile",
+            n_resamples=RESAMPLES,
+            rng=np.random.default_rng(0),
+        )
+    return np.stack(result.confidence_interval)
+
+
+def final_returns(results: Results) -> dict[str, dict[str, np.ndarray]]:
+    """{method: {task: (seeds,)}} of the methods that have a finished run."""
+    returns = {}
+    for method in results.methods:
+        own = {task: results.final(method, task, RETURN) for task in results.tasks}
+        if any(len(scores) for scores in own.values()):
+            returns[method] = own
+    return returns
 
 
 def normalised(results: Results) -> tuple[dict[str, list[np.ndarray]], list[str]]:
-    """Final returns in those of the reference: {method: [(seeds,) of each task]}, and the tasks that they are of.
+    """Final returns in those of the reference, and the tasks that they are of.
 
-    These are the tasks on which every method with finished runs has some, and the reference a positive return. The
-    second result is empty where there is none.
+    These are the tasks on which every method with finished runs has some, and the reference a
+    positive return; without such a task both results are empty.
+
+    Returns: {method: [(seeds,) of each task]}, tasks.
     """
-    returns = {m: {t: results.final(m, t, ["eval/return_mean"]) for t in results.tasks} for m in results.methods}
-    returns = {m: scores for m, scores in returns.items() if any(map(len, scores.values()))}
-    reference = {t: iqm(x, axis=0) for t, x in returns.get(results.figure.reference, {}).items() if len(x)}
-    tasks = [t for t in reference if reference[t] > 0 and all(len(scores[t]) for scores in returns.values())]
-    return {m: [returns[m][t] / reference[t] for t in tasks] for m in returns if tasks}, tasks
+    returns = final_returns(results)
+    reference = {}
+    for task, scores in returns.get(results.figure.reference, {}).items():
+        everywhere = all(len(own[task]) for own in returns.values())
+        if everywhere and iqm(scores, axis=0) > 0:
+            reference[task] = iqm(scores, axis=0)
+    if not reference:
+        return {}, []
+    ratios = {}
+    for method, own in returns.items():
+        ratios[method] = [own[task] / reference[task] for task in reference]
+    return ratios, list(reference)
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- words --------------------------------------------------------------------
+def gaps_of(results: Results, method: str, task: str) -> str:
+    """What a method lacks on a task, or nothing."""
+    runs = results.runs[method][task]
+    whole = len(results.finished(method, task))
+    said = []
+    if whole != results.seeds:
+        said.append(f"{whole or 'none'} of {results.wanted}")
+    if len(runs) > whole:
+        ends = {run["step"][-1] for run in runs} - {results.end(task)}
+        steps = " and ".join(drawing.step_label(end) for end in sorted(ends))
+        said.append(f"{len(runs) - whole} more up to step {steps}")
+    return ", ".join(said)
+
+
 def missing(results: Results) -> list[str]:
     """What a figure from partial data does not show, equal cases together."""
-    cases: dict[tuple[str, str], list[str]] = {}
+    tasks_of: dict[tuple[str, str], list[str]] = {}  # {(methods, what they lack): tasks}
     for task in results.tasks:
         who: dict[str, list[str]] = {}
         for method in results.methods:
-            runs, whole = results.runs[method][task], len(results.finished(method, task))
-            said = [] if whole == results.seeds else [f"{whole or 'none'} of {results.wanted}"]
-            if len(runs) > whole:
-                ends = sorted({run["step"][-1] for run in runs} - {results.end(task)})
-                said.append(f"{len(runs) - whole} more up to step {' and '.join(map(plot.step_label, ends))}")
-            if said:
-                who.setdefault(", ".join(said), []).append(results.label(method))
-        for what, labels in who.items():
-            names = "all methods" if len(labels) == len(results.methods) else ", ".join(labels)
-            cases.setdefault((names, what), []).append(task)
-    return [f"{names}: {what} on {', '.join(tasks)}" for (names, what), tasks in cases.items()]
+            gaps = gaps_of(results, method, task)
+            if gaps:
+                who.setdefault(gaps, []).append(results.label(method))
+        for gaps, labels in who.items():
+            names = ", ".join(labels)
+            if len(labels) == len(results.methods):
+                names = "all methods"
+            tasks_of.setdefault((names, gaps), []).append(task)
+    return [f"{names}: {gaps} on {', '.join(on)}" for (names, gaps), on in tasks_of.items()]
+
+
+def left_out(results: Results) -> list[str]:
+    """What the figure has and was not asked for."""
+    gaps = []
+    tasks = [task for task in results.figure.tasks if task not in results.tasks]
+    if tasks and not results.stretches:
+        gaps.append(f"left out: {', '.join(tasks)}")
+    methods = [method for method in results.figure.methods if method not in results.methods]
+    if methods:
+        gaps.append(f"left out: {', '.join(results.label(method) for method in methods)}")
+    if results.seeds < matrix.SEEDS:
+        gaps.append(f"{results.wanted} instead of {matrix.SEEDS}")
+    return gaps
+
+
+def fewest(results: Results) -> int:
+    """The least number of finished runs of those that have any."""
+    counts = []
+    for method in results.methods:
+        for task in results.tasks:
+            counts.append(len(results.finished(method, task)))
+    return min(count for count in counts if count > 0)
 
 
 def caption(results: Results, tasks: list[str]) -> str:
     """What is shown and what is missing; `tasks` are those of the aggregate."""
-    text = "Thick: interquartile mean over seeds, shaded: its 95% interval (stratified bootstrap), thin: single seeds. "
-    counts = [len(results.finished(m, t)) for m in results.methods for t in results.tasks if results.finished(m, t)]
-    if min(counts) < 4:
-        text += "With fewer than four seeds the mean is the plain one; with three the interval is their range; "
-        text += "with one there is none. "
+    if crowded(results):
+        text = "Lines: interquartile mean over seeds. "
+    else:
+        text = "Thick: interquartile mean over seeds, shaded: its 95% interval (stratified "
+        text += "bootstrap), thin: single seeds. "
+    if fewest(results) < 4:
+        text += "With fewer than four seeds the mean is the plain one; with three the interval is "
+        text += "their range; with one there is none. "
     reference = results.label(results.figure.reference)
     if tasks:
-        text += f"Bars: mean return over the last tenth of a run, divided by {reference}'s, which is taken as known"
+        text += "Bars: mean return over the last tenth of a run"
+        if crowded(results):
+            text += ", with its 95% interval (stratified bootstrap)"
+        text += f", divided by {reference}'s, which is taken as known"
         text += ". " if tasks == list(results.tasks) else f", on {', '.join(tasks)} only. "
     else:
-        text += f"No bars: no task has finished runs of all methods shown and a positive return of {reference}. "
-    gaps = missing(results)
-    if left := [t for t in results.figure.tasks if t not in results.tasks and not results.stretches]:
-        gaps.append(f"left out: {', '.join(left)}")
-    if left := [matrix.METHODS[m].label for m in results.figure.methods if m not in results.methods]:
-        gaps.append(f"left out: {', '.join(left)}")
-    if results.seeds < matrix.SEEDS:
-        gaps.append(f"{results.wanted} instead of {matrix.SEEDS}")
-    return text + (f"MISSING: {'; '.join(gaps)}." if gaps else "Nothing is missing.")
+        text += "No bars: no task has finished runs of all methods shown and a positive return of "
+        text += f"{reference}. "
+    gaps = missing(results) + left_out(results)
+    if not gaps:
+        return text + "Nothing is missing."
+    return text + f"MISSING: {'; '.join(gaps)}."
 
 
 def number(scores: list[np.ndarray], digits: int = 0) -> str:
@@ -168,115 +260,153 @@ def number(scores: list[np.ndarray], digits: int = 0) -> str:
         return "–"
     low, high = interval(*scores)
     text = f"{iqm(*scores, axis=0):,.{digits}f}"
-    return text if np.isnan(low) else f"{text} [{low:,.{digits}f}, {high:,.{digits}f}]"
+    if np.isnan(low):
+        return text
+    return f"{text} [{low:,.{digits}f}, {high:,.{digits}f}]"
+
+
+def share(results: Results, method: str, column: str) -> str:
+    """Interquartile mean of a column over the finished runs of all tasks."""
+    values = [results.final(method, task, column) for task in results.tasks]
+    pooled = np.concatenate(values)
+    return f"{iqm(pooled, axis=0):.2f}" if len(pooled) else "–"
 
 
 def table(results: Results) -> str:
     """Markdown: final return on each task, aggregate, active ratios and density."""
-    scores, tasks = normalised(results)
+    scores, _ = normalised(results)
     head = ["", *results.tasks, f"normalised by {results.label(results.figure.reference)}"]
-    lines = [[*head, "active ratio τ = 0.1, critics / actor", "density, critics / actor", "seeds"]]
-    lines.append(["---"] * len(lines[0]))
+    head += ["active ratio τ = 0.1, critics / actor", "density, critics / actor", "seeds"]
+    lines = [head, ["---"] * len(head)]
     for method in results.methods:
-        cells = [number([results.final(method, task, ["eval/return_mean"])]) for task in results.tasks]
-        cells.append(number(scores[method], 2) if method in scores else "–")
-        for columns in (RATIOS, DENSITIES):
-            late = [[results.final(method, task, [column]) for task in results.tasks] for column in columns]
-            pooled = [np.concatenate(values) for values in late]
-            cells.append(" / ".join(f"{iqm(values, axis=0):.2f}" if len(values) else "–" for values in pooled))
+        line = [results.label(method)]
+        for task in results.tasks:
+            line.append(number([results.final(method, task, RETURN)]))
+        line.append(number(scores[method], 2) if method in scores else "–")
+        for columns in (drawing.RATIO.columns, drawing.DENSITY.columns):
+            line.append(" / ".join(share(results, method, column) for column in columns))
         seeds = [str(len(results.finished(method, task))) for task in results.tasks]
-        lines.append([results.label(method), *cells, ", ".join(seeds if len(set(seeds)) > 1 else seeds[:1])])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        if len(set(seeds)) == 1:
+            seeds = seeds[:1]
+        line.append(", ".join(seeds))
+        lines.append(line)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
-def draw(ax, runs: list[plot.Seed], finished: list[plot.Seed], column: str, colour: str, style) -> None:
-    """Interquartile mean and interval of the finished runs, or of all where none is, and every run, faint."""
-    for run in runs:
-        ax.plot(run["step"], run[column], color=colour, linestyle=style, linewidth=0.6, alpha=0.3)
+# --- drawing ------------------------------------------------------------------
+def crowded(results: Results) -> bool:
+    return len(results.methods) > drawing.CROWD
+
+
+def draw(ax, runs: list[Seed], finished: list[Seed], column: str, pen: drawing.Pen) -> None:
+    """Interquartile mean and interval of the finished runs, or of all where none is; each run."""
     if not runs:
         return
-    steps, values = plot.on_common_steps(finished or runs, column)
+    if pen.bands:
+        for run in runs:
+            drawing.draw_seed(ax, run, column, pen)
+    steps, values = drawing.on_common_steps(finished or runs, column)
     if not len(steps):
         return
-    low, high = interval(values)
-    ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    ax.plot(
-        steps, iqm(values, axis=0), color=colour, linestyle=style, linewidth=2, marker="o" if len(steps) == 1 else ""
-    )
+    if pen.bands:
+        low, high = interval(values)
+        drawing.draw_band(ax, steps, low, high, pen)
+    drawing.draw_line(ax, steps, iqm(values, axis=0), pen)
 
 
-def draw_panel(ax, results: Results, task: str, columns: list[str]) -> None:
-    for method, colour in zip(results.methods, COLOURS, strict=False):
-        for column, style in zip(columns, plot.STYLES, strict=False):
-            draw(ax, results.runs[method][task], results.finished(method, task), column, colour, style)
-    plot.dress(ax, columns)
+def draw_panel(ax, results: Results, task: str, columns: tuple[str, ...]) -> None:
+    count = len(results.methods)
+    for place, method in enumerate(results.methods):
+        for column, style in zip(columns, drawing.STYLES, strict=False):
+            pen = drawing.pen_of(place, count, column, style)
+            draw(ax, results.runs[method][task], results.finished(method, task), column, pen)
+    drawing.dress(ax, columns)
+
+
+def draw_bar(ax, place: int, colour: str, scores: list[np.ndarray]) -> None:
+    """A method's aggregate with its interval and its number."""
+    value = iqm(*scores, axis=0)
+    low, high = interval(*scores)
+    ax.barh(place, value, color=colour, alpha=0.6, height=0.6)
+    ax.plot([low, high], [place, place], color="black", linewidth=1.2, marker="|", markersize=6)
+    right = np.nanmax([value, high, 0])
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    style = {"va": "center", "fontsize": 9, "bbox": box, "textcoords": "offset points"}
+    ax.annotate(f"{value:.2f}", (right, place), (6, 0), **style)
 
 
 def draw_bars(ax, results: Results, scores: dict[str, list[np.ndarray]]) -> None:
-    """The aggregate: one bar per method, with its interval and its number."""
-    for place, (method, colour) in enumerate(zip(results.methods, COLOURS, strict=False)):
-        if method not in scores:
+    """The aggregate, one bar per method."""
+    for place, method in enumerate(results.methods):
+        if method in scores:
+            draw_bar(ax, place, COLOURS[place], scores[method])
+        else:
             ax.text(0, place, " no finished run", va="center", fontsize=8, color="grey")
-            continue
-        value, (low, high) = iqm(*scores[method], axis=0), interval(*scores[method])
-        ax.barh(place, value, color=colour, alpha=0.6, height=0.6)
-        ax.plot([low, high], [place, place], color="black", linewidth=1.2, marker="|", markersize=6)
-        right = np.nanmax([value, high, 0])
-        label = {"va": "center", "fontsize": 9, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
-        ax.annotate(f"{value:.2f}", (right, place), (6, 0), textcoords="offset points", **label)
-    ax.set_yticks(range(len(results.methods)), [textwrap.fill(results.label(m), 18) for m in results.methods])
-    ax.set_ylim(len(results.methods) - 0.4, -0.6)
+    labels = [textwrap.fill(results.label(method), 18) for method in results.methods]
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.set_xlim(right=ax.get_xlim()[1] * 1.15)
     ax.axvline(1, color="grey", linewidth=0.8, linestyle=":")
     ax.set_xlabel(f"final return, {results.label(results.figure.reference)} = 1")
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def panels(results: Results) -> list[list[tuple[str, str, list[str]]]]:
-    """The grid, row by row: (label of the y-axis, task, columns). A column per task, a single one for a sequence."""
-    shares = plot.panels(split=True)[1:]
+def grid_of(results: Results) -> list[list[tuple[str, Panel]]]:
+    """Rows of (task, panel): a column per task, a single one for a sequence of tasks."""
+    panels = [Panel(*panel) for panel in results.figure.panels] or drawing.panels(split=True)
+    grid = []
     if results.stretches:
-        rows = [[(f"{task}\nreturn", task, ["eval/return_mean"])] for task in results.tasks]
-        return rows + [[(label, results.tasks[0], columns)] for label, columns in shares]
+        first = results.tasks[0]
+        for task in results.tasks:
+            grid.append([(task, Panel(f"{task}\nreturn", (RETURN,)))])
+        for panel in panels[1:]:
+            grid.append([(first, panel)])
+        return grid
     tasks = [task for task in results.tasks if results.end(task)]
-    return [[(label, task, columns) for task in tasks] for label, columns in [plot.PANELS[0], *shares]]
+    for panel in panels:
+        grid.append([(task, panel) for task in tasks])
+    return grid
 
 
-def picture(results: Results, text: str) -> Figure:
-    grid = panels(results)
-    rows, columns = len(grid), len(grid[0])
-    scores, _ = normalised(results)
-    widths = [4.2 if columns > 1 else 6.3] * columns + ([4.2] if scores else [])  # inches
-    lines = textwrap.wrap(text, int(sum(widths) * 15))
-    figure = Figure(figsize=(sum(widths), 2.1 * rows + 1.4 + 0.17 * len(lines)), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[2.1 * rows + 1.3, 0.17 * len(lines) + 0.1])
-    places = above.add_gridspec(rows, len(widths), width_ratios=widths)
-    axes = np.empty((rows, columns), dtype=object)
+def draw_grid(part, places, results: Results, grid: list) -> None:
+    axes = np.empty((len(grid), len(grid[0])), dtype=object)
     for i, row in enumerate(grid):
-        for j, (label, task, names) in enumerate(row):
-            ax = axes[i, j] = above.add_subplot(places[i, j], sharex=axes[0, j])
-            draw_panel(ax, results, task, names)
+        for j, (task, panel) in enumerate(row):
+            ax = part.add_subplot(places[i, j], sharex=axes[0, j])
+            axes[i, j] = ax
+            draw_panel(ax, results, task, panel.columns)
             if results.stretches:
-                evaluated = task if names == ["eval/return_mean"] else ""
-                plot.draw_stretches(ax, results.stretches, evaluated, named=i == 0)
+                evaluated = task if panel.columns == (RETURN,) else ""
+                drawing.draw_stretches(ax, results.stretches, evaluated, named=i == 0)
             elif i == 0:
                 ax.set_title(task, fontsize=11)
             if j == 0:
-                ax.set_ylabel(label, fontsize=9)
-            ax.tick_params(labelbottom=i == rows - 1)
-    above.align_ylabels(axes[:, 0])
+                ax.set_ylabel(panel.label, fontsize=9)
+            ax.tick_params(labelbottom=i == len(grid) - 1)
+    part.align_ylabels(axes[:, 0])
     for ax in axes[-1]:
         ax.set_xlabel(results.figure.steps)
+
+
+def picture(results: Results, text: str) -> Figure:
+    grid = grid_of(results)
+    scores, _ = normalised(results)
+    columns = len(grid[0])
+    widths = [4.2 if columns > 1 else 6.3] * columns  # inches
     if scores:
-        draw_bars(above.add_subplot(places[:, -1]), results, scores)
-    named = [(results.label(m), c) for m, c in zip(results.methods, COLOURS, strict=False)]
-    handles = [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in named]
-    for name, style in zip(("density of critics", "of actor"), plot.STYLES, strict=True):
-        handles.append(Line2D([], [], color="grey", linewidth=2, linestyle=style, label=name))
-    above.suptitle(results.figure.title)
-    above.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4 + columns), frameon=False)
-    below.text(0.01, 0.98, "\n".join(lines), fontsize=8, va="top")
+        widths.append(4.2)
+    figure, part = drawing.canvas(sum(widths), 2.1 * len(grid) + 1.3, text)
+    places = part.add_gridspec(len(grid), len(widths), width_ratios=widths)
+    draw_grid(part, places, results, grid)
+    if scores:
+        draw_bars(part.add_subplot(places[:, -1]), results, scores)
+    handles = []
+    for method, colour in zip(results.methods, COLOURS, strict=False):
+        label = results.label(method)
+        handles.append(Line2D([], [], color=colour, linewidth=2, label=label))
+    part.suptitle(results.figure.title)
+    ncols = min(len(handles), 3 + columns)
+    part.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
     return figure
 
 
@@ -290,11 +420,12 @@ def figure(
     methods: tuple[str, ...] = (),
     out: Path | None = None,
 ):
-    """Curves, aggregate, caption and table from the results of a figure's runs, as far as there are any.
+    """Curves, aggregate, caption and table from a figure's runs, as far as there are any.
 
     Args:
         name: of the figure
-        results: folders with results, the first that has a run wins; default: runs/full, with the next flags another
+        results: folders with results, the first that has a run wins; default: runs/full, with the
+            next flags another
         seeds: how many of each there should be; default: as in run.py
         quick: the small versions, in runs/quick
         short: the runs of 200,000 steps, in runs/short
@@ -302,16 +433,23 @@ def figure(
         methods: only these of the figure's methods, by the names in matrix.py
         out: where the PNG goes, and beside it SVG and Markdown; default: NAME.png
     """
+    out = out or Path(f"{name}.png")
+    drawing.check_picture(out)
     try:
         chosen = matrix.choose(name, quick, short, seeds, tasks, methods)
     except ValueError as e:
-        plot.die(str(e))
-    length, seeds, tasks, methods = chosen
-    found = read(name, methods, tasks, seeds, results or (Path("runs") / length,))
-    text, out = caption(found, normalised(found)[1]), out or Path(f"{name}.png")
-    save = functools.partial(plot.save, picture(found, text))
+        drawing.die(str(e))
+    folders = results or (Path("runs") / chosen.length,)
+    found = read(name, chosen.methods, chosen.tasks, chosen.seeds, folders)
+    _, compared = normalised(found)
+    text = caption(found, compared)
+    save = functools.partial(drawing.save, picture(found, text))
     page = f"{table(found)}\n{text}\n"
-    plot.write({out: save, out.with_suffix(".svg"): save, out.with_suffix(".md"): lambda file: file.write_text(page)})
+    files = {out: save, out.with_suffix(".svg"): save}
+    files[out.with_suffix(".md")] = lambda file: file.write_text(page)
+    drawing.write(files)
 
 
-SUBCOMMANDS = {name: functools.partial(figure, name) for name in matrix.FIGURES}
+SUBCOMMANDS = {}
+for _name in matrix.FIGURES:
+    SUBCOMMANDS[_name] = functools.partial(figure, _name)

@@ -1,24 +1,34 @@
-"""The figures as data: which runs each of them is made of. run.py makes the runs, figures.py draws them.
+"""The figures as data: which runs each is made of. run.py makes the runs, figures.py draws them.
 
-A run is METHODS[name] on a task with a seed. Its folder is TASK/NAME_seedN whichever figure asks for it, so figures
-share runs.
-§, Figure and Table refer to the paper, arXiv 2410.07994; tasks and values that its text does not give are marked ours.
+A run is METHODS[name] on a task with a seed. Its folder is TASK/NAME_seedN whichever figure asks
+for it, so figures share runs.
+§, Figure and Table refer to the paper, arXiv 2410.07994; tasks and values that its text does not
+give are marked ours.
 """
 
 from typing import NamedTuple
 
-NE, TD3 = "ne_td3_continuous.py", "baselines/td3_continuous.py"
-NE_CONTINUAL, TD3_CONTINUAL = "ne_td3_continual.py", "baselines/td3_continual.py"
-NE_DRQ, DRQ = "ne_drq_dmc.py", "baselines/drq_dmc.py"
+# what follows `python` in the repository's root
+NE = "ne_td3_continuous.py"
+TD3 = "-m baselines.td3_continuous"
+NE_CONTINUAL = "ne_td3_continual.py"
+TD3_CONTINUAL = "-m baselines.td3_continual"
+NE_DRQ = "ne_drq_dmc.py"
+DRQ = "-m baselines.drq_dmc"
+
+
+def widths(scale: int) -> str:
+    """Flags of a scale above 1 (§B.1): width 256, and one more layer per step, in all networks."""
+    hidden = " ".join(["256"] * (scale + 1))
+    return f"--actor-hidden {hidden} --critic-hidden {hidden}"
 
 
 class Method(NamedTuple):
     label: str  # in figures and tables
     script: str
     flags: str = ""  # {words} are filled in from LENGTHS
-    cost: float = (
-        1.0  # time per step on a CPU, in that of the script without a method (docs/baselines.md, docs/speed.md)
-    )
+    # time per step on a CPU, in that of the script without a method (docs/baselines.md)
+    cost: float = 1.0
 
 
 METHODS = {  # name in folders and file names: method
@@ -27,18 +37,27 @@ METHODS = {  # name in folders and file names: method
     "td3_dense": Method("TD3", TD3),
     "td3_reset": Method("Reset", TD3, "--method reset --reset-interval {reset}"),
     "td3_redo": Method("ReDo", TD3, "--method redo"),
+    "td3_regrama": Method("ReGraMa", TD3, "--method regrama"),
     "td3_layer_norm": Method("LayerNorm", TD3, "--method layer-norm", cost=1.3),
     "td3_injection": Method("Plasticity Injection", TD3, "--method injection", cost=1.4),
     "td3_recency": Method("recency-weighted", TD3, "--method recency"),
     # --- how to start and what to grow, without review (§4.1, §4.2) ---
-    "static_25": Method("static, density 0.25", NE, "--growth none --sparse-init uniform --review-floor 1"),
+    "static_25": Method(
+        "static, density 0.25", NE, "--growth none --sparse-init uniform --review-floor 1"
+    ),
     "static_50": Method(
-        "static, density 0.5", NE, "--growth none --sparse-init uniform --initial-density 0.5 --review-floor 1"
+        "static, density 0.5",
+        NE,
+        "--growth none --sparse-init uniform --initial-density 0.5 --review-floor 1",
     ),
     "random_uniform": Method(
-        "random growth, uniform start", NE, "--growth random --sparse-init uniform --no-prune --review-floor 1"
+        "random growth, uniform start",
+        NE,
+        "--growth random --sparse-init uniform --no-prune --review-floor 1",
     ),
-    "random_erdos_renyi": Method("random growth", NE, "--growth random --no-prune --review-floor 1"),
+    "random_erdos_renyi": Method(
+        "random growth", NE, "--growth random --no-prune --review-floor 1"
+    ),
     "gradient_uniform": Method(
         "gradient growth, uniform start", NE, "--sparse-init uniform --no-prune --review-floor 1"
     ),
@@ -54,12 +73,12 @@ METHODS = {  # name in folders and file names: method
     "ne_td3_redo": Method("NE + ReDo", NE, "--redo-interval 1000"),
     "ne_td3_reset": Method("NE + Reset", NE, "--reset-interval {reset}"),
     # --- larger networks (§B.1) ---
-    "ne_td3_scale2": Method("NE, scale 2", NE, "--scale 2", cost=2),
-    "ne_td3_scale3": Method("NE, scale 3", NE, "--scale 3", cost=2.6),
-    "ne_td3_scale4": Method("NE, scale 4", NE, "--scale 4", cost=3.2),
-    "td3_dense_scale2": Method("TD3, scale 2", TD3, "--scale 2", cost=2),
-    "td3_dense_scale3": Method("TD3, scale 3", TD3, "--scale 3", cost=2.6),
-    "td3_dense_scale4": Method("TD3, scale 4", TD3, "--scale 4", cost=3.2),
+    "ne_td3_scale2": Method("NE, scale 2", NE, widths(2), cost=2),
+    "ne_td3_scale3": Method("NE, scale 3", NE, widths(3), cost=2.6),
+    "ne_td3_scale4": Method("NE, scale 4", NE, widths(4), cost=3.2),
+    "td3_dense_scale2": Method("TD3, scale 2", TD3, widths(2), cost=2),
+    "td3_dense_scale3": Method("TD3, scale 3", TD3, widths(3), cost=2.6),
+    "td3_dense_scale4": Method("TD3, scale 4", TD3, widths(4), cost=3.2),
     # --- sensitivity, one value changed at a time (values ours) ---
     "ne_td3_alpha_half": Method("α / 2", NE, "--grow-rate {alpha_half}"),
     "ne_td3_alpha_twice": Method("α · 2", NE, "--grow-rate {alpha_twice}"),
@@ -92,6 +111,8 @@ class Figure(NamedTuple):
     quick_tasks: int = 1  # how many of the tasks, from the first, with --quick
     quick_seeds: int = 3
     steps: str = "environment steps"  # what its scripts count
+    # (label of the y-axis, columns), top to bottom; none: return, active ratio and density
+    panels: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 CHEETAH = ("HalfCheetah-v5",)
@@ -104,6 +125,12 @@ RIVALS = ("td3_dense", "td3_reset", "td3_redo", "td3_layer_norm", "td3_injection
 DRQ_RIVALS = ("drq", "drq_reset", "drq_redo", "drq_layer_norm", "drq_injection")
 SCALES = ("ne_td3", "ne_td3_scale2", "ne_td3_scale3", "ne_td3_scale4")
 SCALES += ("td3_dense", "td3_dense_scale2", "td3_dense_scale3", "td3_dense_scale4")
+REVIEW = (
+    ("evaluation return\n(sum of rewards per episode)", ("eval/return_mean",)),
+    ("critics: dormant neurons\n(score 0, Eq. 1)", ("ne/critic/dormant",)),
+    ("critics: active ratio, τ = 0.1\n(share of neurons)", ("ne/critic/active_ratio_0.1",)),
+    ("ε (1 - ε: chance\nthat a batch is a review)", ("ne/review_epsilon",)),
+)
 SEQUENCE = ("ne_td3_continual", "td3_continual", "td3_continual_reset")
 
 FIGURES = {
@@ -121,15 +148,29 @@ FIGURES = {
         CHEETAH,
         reference="td3_dense",
     ),
-    "figure6": Figure("NE and its rivals (§5.1)", ("ne_td3", *RIVALS), MUJOCO, reference="td3_dense"),
+    "figure5": Figure(
+        "Dormant neurons, ε and return, with and without review (§4.2)",
+        ("ne_td3", "ne_td3_no_review"),
+        TWO,
+        reference="ne_td3_no_review",
+        quick_tasks=2,
+        panels=REVIEW,
+    ),
+    "figure6": Figure(
+        "NE and its rivals (§5.1)", ("ne_td3", *RIVALS), MUJOCO, reference="td3_dense"
+    ),
     "figure7": Figure(
         "Experience review; NE on one network only (§5.1)",
         ("ne_td3", "td3_dense", "ne_td3_no_review", "ne_td3_actor_only", "ne_td3_critic_only"),
         TWO,
         reference="td3_dense",
     ),
-    "figure8": Figure("A sequence of tasks: active ratio (§5.2)", SEQUENCE, CONTINUAL, reference="td3_continual"),
-    "figure9": Figure("A sequence of tasks: return (§5.2)", SEQUENCE, CONTINUAL, reference="td3_continual"),
+    "figure8": Figure(
+        "A sequence of tasks: active ratio (§5.2)", SEQUENCE, CONTINUAL, reference="td3_continual"
+    ),
+    "figure9": Figure(
+        "A sequence of tasks: return (§5.2)", SEQUENCE, CONTINUAL, reference="td3_continual"
+    ),
     "figure10": Figure(
         "DrQ, from pixels (§5.3)",
         ("ne_drq", *DRQ_RIVALS),
@@ -140,15 +181,32 @@ FIGURES = {
     ),
     "figure11": Figure(
         "NE together with its rivals (§C)",
-        ("ne_td3", "ne_td3_layer_norm", "td3_layer_norm", "ne_td3_redo", "td3_redo", "ne_td3_reset", "td3_reset"),
+        (
+            "ne_td3",
+            "ne_td3_layer_norm",
+            "td3_layer_norm",
+            "ne_td3_redo",
+            "td3_redo",
+            "ne_td3_reset",
+            "td3_reset",
+        ),
         TWO,
         reference="ne_td3",  # as in the paper
     ),
-    "scale-up": Figure("Larger networks (§B.1)", SCALES, CHEETAH, reference="td3_dense", quick_seeds=1),
+    "scale-up": Figure(
+        "Larger networks (§B.1)", SCALES, CHEETAH, reference="td3_dense", quick_seeds=1
+    ),
     # --- asked for by the paper's reviewers ---
     "components": Figure(
         "NE without one of its parts; growth alone",
-        ("ne_td3", "td3_dense", "ne_td3_no_prune", "gradient_erdos_renyi", "ne_td3_no_growth", "ne_td3_no_review"),
+        (
+            "ne_td3",
+            "td3_dense",
+            "ne_td3_no_prune",
+            "gradient_erdos_renyi",
+            "ne_td3_no_growth",
+            "ne_td3_no_review",
+        ),
         TWO,
         reference="td3_dense",
     ),
@@ -183,6 +241,12 @@ FIGURES = {
         TWO,
         reference="td3_dense",
     ),
+    "regrama": Figure(
+        "ReGraMa, by NE's authors (2025), beside ReDo and NE; not in the paper",
+        ("ne_td3", "td3_dense", "td3_redo", "td3_regrama"),
+        TWO,
+        reference="td3_dense",
+    ),
 }
 
 SEEDS = 7  # as in the paper
@@ -193,38 +257,75 @@ class Length(NamedTuple):
     words: dict[str, float]  # what {words} in the flags of METHODS stand for
 
 
-_SHORT, _QUICK = "--total-timesteps 200000", "--total-timesteps 30000 --learning-starts 5000 --eval-frequency 2000"
-_QUICK += " --eval-episodes 3 --checkpoint-frequency 5000"
-_QUICK_CONTINUAL = "--steps-per-task 3000 --learning-starts 1500 --eval-frequency 3000 --eval-episodes 2"
-_QUICK_CONTINUAL += " --checkpoint-frequency 3000"
-_QUICK_DRQ = "--total-timesteps 12000 --frame-size 48 --channels 16 --hidden-dim 256 --batch-size 16"
-_QUICK_DRQ += " --learning-starts 2000 --stddev-duration 5000 --buffer-size 15000"
-_QUICK_DRQ += " --eval-frequency 3000 --eval-episodes 1 --checkpoint-frequency 3000"
+_SHORT = "--total-timesteps 200000"
+_QUICK = (
+    "--total-timesteps 30000 --learning-starts 5000"
+    " --eval-frequency 2000 --eval-episodes 3 --checkpoint-frequency 5000"
+)
+_SHORT_CONTINUAL = "--steps-per-task 50000"
+_QUICK_CONTINUAL = (
+    "--steps-per-task 3000 --learning-starts 1500"
+    " --eval-frequency 3000 --eval-episodes 2 --checkpoint-frequency 3000"
+)
+_SHORT_DRQ = "--total-timesteps 500000"
+_QUICK_DRQ = (
+    "--total-timesteps 12000 --frame-size 48 --channels 16 --hidden-dim 256 --batch-size 16"
+    " --learning-starts 2000 --stddev-duration 5000 --buffer-size 15000"
+    " --eval-frequency 3000 --eval-episodes 1 --checkpoint-frequency 3000"
+)
 
-# α halved and doubled is that of the default schedule: 2 / rounds * ln(0.75 / 0.05), with 97, 17 and 24 rounds
+
+def flags_of(td3: str, continual: str, drq: str) -> dict[str, str]:
+    flags = {NE: td3, TD3: td3}
+    flags |= {NE_CONTINUAL: continual, TD3_CONTINUAL: continual}
+    flags |= {NE_DRQ: drq, DRQ: drq}
+    return flags
+
+
+# alpha_half and alpha_twice: half and twice the alpha that the default schedule solves,
+# 2 ln(0.75 / 0.05) / sum(1 + cos(pi t / T_end)), over 97, 87 and 83 rounds.
+# interval_quarter and interval_twice: of the default interval, a hundredth of the run.
 LENGTHS = {
-    "full": Length(  # all defaults: a million steps, three for the sequence; 1.1 or 3.1 million frames
-        dict.fromkeys((NE, TD3, NE_CONTINUAL, TD3_CONTINUAL, NE_DRQ, DRQ), ""),
-        {"reset": 200_000, "drq_reset": 200_000, "alpha_half": 0.028, "alpha_twice": 0.112}
-        | {"interval_quarter": 2_500, "interval_twice": 20_000},
+    # all defaults: a million steps, three for the sequence; 1.1 or 3.1 million frames
+    "full": Length(
+        flags_of("", "", ""),
+        {
+            "reset": 200_000,
+            "drq_reset": 200_000,
+            "alpha_half": 0.0285,
+            "alpha_twice": 0.1140,
+            "interval_quarter": 2_500,
+            "interval_twice": 20_000,
+        },
     ),
-    "short": Length(  # the length of the runs in results/
-        {NE: _SHORT, TD3: _SHORT}
-        | dict.fromkeys((NE_CONTINUAL, TD3_CONTINUAL), "--steps-per-task 50000")
-        | dict.fromkeys((NE_DRQ, DRQ), "--total-timesteps 500000"),
-        {"reset": 100_000, "drq_reset": 200_000, "alpha_half": 0.16, "alpha_twice": 0.64}
-        | {"interval_quarter": 2_500, "interval_twice": 20_000},
+    # the length of the runs in results/
+    "short": Length(
+        flags_of(_SHORT, _SHORT_CONTINUAL, _SHORT_DRQ),
+        {
+            "reset": 100_000,
+            "drq_reset": 200_000,
+            "alpha_half": 0.0360,
+            "alpha_twice": 0.1438,
+            "interval_quarter": 500,
+            "interval_twice": 4_000,
+        },
     ),
-    "quick": Length(  # a figure in about an hour on two cores; says that everything works, not which method is better
-        {NE: f"{_QUICK} --grow-interval 1000", TD3: _QUICK}
-        | {NE_CONTINUAL: f"{_QUICK_CONTINUAL} --grow-interval 1000", TD3_CONTINUAL: _QUICK_CONTINUAL}
-        | {NE_DRQ: f"{_QUICK_DRQ} --grow-interval 500", DRQ: _QUICK_DRQ},
-        {"reset": 15_000, "drq_reset": 6_000, "alpha_half": 0.113, "alpha_twice": 0.451}
-        | {"interval_quarter": 250, "interval_twice": 2_000},
+    # a figure in about an hour on two cores: that everything works, not which method is better
+    "quick": Length(
+        flags_of(_QUICK, _QUICK_CONTINUAL, _QUICK_DRQ),
+        {
+            "reset": 15_000,
+            "drq_reset": 6_000,
+            "alpha_half": 0.0400,
+            "alpha_twice": 0.1599,
+            "interval_quarter": 75,
+            "interval_twice": 600,
+        },
     ),
 }
 
-# Steps (frames) of the quick versions per second and core, evaluations included; for the estimate of --dry-run
+# steps (frames) of the quick versions per second and core, evaluations included; for the
+# estimate of --dry-run
 QUICK_SPEED = {NE: 90, TD3: 90, NE_CONTINUAL: 50, TD3_CONTINUAL: 50, NE_DRQ: 20, DRQ: 20}
 
 
@@ -232,13 +333,25 @@ class Run(NamedTuple):
     name: str  # key of METHODS
     task: str
     seed: int
-    script: str
+    script: str  # what follows `python`
     flags: str
 
     @property
     def path(self) -> str:
-        """Folder of the run, or CSV file without its ending, below the folder of all runs of one length."""
+        """Folder of the run, or CSV file without its ending, below that of all runs."""
         return f"{self.task}/{self.name}_seed{self.seed}"
+
+
+def run_of(length: str, seed: int, task: str, name: str) -> Run:
+    method = METHODS[name]
+    flags = []
+    if (task,) != CONTINUAL:
+        flags.append(f"--env-id {task}")
+    flags.append(f"--seed {seed}")
+    for more in (LENGTHS[length].flags[method.script], method.flags):
+        if more:
+            flags.append(more.format_map(LENGTHS[length].words))
+    return Run(name, task, seed, method.script, " ".join(flags))
 
 
 def runs_of(length: str, seeds: int, tasks: tuple[str, ...], methods: tuple[str, ...]) -> list[Run]:
@@ -247,24 +360,45 @@ def runs_of(length: str, seeds: int, tasks: tuple[str, ...], methods: tuple[str,
     for seed in range(1, seeds + 1):
         for task in tasks:
             for name in methods:
-                method, where = METHODS[name], LENGTHS[length]
-                env_id = "" if (task,) == CONTINUAL else f"--env-id {task}"
-                flags = (env_id, f"--seed {seed}", where.flags[method.script], method.flags.format_map(where.words))
-                runs.append(Run(name, task, seed, method.script, " ".join(part for part in flags if part)))
+                runs.append(run_of(length, seed, task, name))
     return runs
 
 
+class Choice(NamedTuple):
+    length: str
+    seeds: int
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+
+
 def choose(
-    figure: str, quick: bool, short: bool, seeds: int | None, tasks: tuple[str, ...], methods: tuple[str, ...]
-) -> tuple[str, int, tuple[str, ...], tuple[str, ...]]:
-    """Length, seeds, tasks and methods of a figure, by default its own. Raises: ValueError for what cannot be."""
+    name: str,
+    quick: bool,
+    short: bool,
+    seeds: int | None,
+    tasks: tuple[str, ...],
+    methods: tuple[str, ...],
+) -> Choice:
+    """What is made of a figure, by default all of it. Raises: ValueError for what cannot be."""
+    figure = FIGURES[name]
     if quick and short:
         raise ValueError("--quick must be left out with --short")
     if seeds is not None and seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {seeds}")
-    whole = FIGURES[figure]
-    if unknown := [name for name in methods if name not in whole.methods]:
-        raise ValueError(f"--methods must be of {', '.join(whole.methods)}, got {', '.join(unknown)}")
-    own = whole.tasks[: whole.quick_tasks] if quick else whole.tasks
-    length = "quick" if quick else "short" if short else "full"
-    return length, seeds or (whole.quick_seeds if quick else SEEDS), tasks or own, methods or whole.methods
+    unknown = [method for method in methods if method not in figure.methods]
+    if unknown:
+        known = ", ".join(figure.methods)
+        raise ValueError(f"--methods must be of {known}, got {', '.join(unknown)}")
+    if figure.tasks == CONTINUAL and tasks not in ((), CONTINUAL):
+        raise ValueError(f"--tasks must be left out with {name}, a sequence of tasks")
+    length = "full"
+    if short:
+        length = "short"
+    if quick:
+        length = "quick"
+    default_seeds = SEEDS
+    default_tasks = figure.tasks
+    if quick:
+        default_seeds = figure.quick_seeds
+        default_tasks = figure.tasks[: figure.quick_tasks]
+    return Choice(length, seeds or default_seeds, tasks or default_tasks, methods or figure.methods)

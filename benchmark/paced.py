@@ -1,10 +1,11 @@
-"""Runs a training script whose environment waits at a gate after every chunk of steps: a contender of speed.py.
+"""Runs a training whose environment waits at a gate after every chunk of steps, for speed.py.
 
 Run:   python benchmark/paced.py CHUNK SCRIPT [ARGS...]
 
-The first environment that the script makes with `gymnasium.make` gets the gate. There the process reports on the file
-descriptor SPEED_REPORT what the chunk took, and waits for a line on stdin. So several trainings of any library take
-turns of a second or two in one run, and whatever else the machine does hits all of them alike.
+The first environment that the script makes with `gymnasium.make` gets the gate. There the process
+reports on the file descriptor SPEED_REPORT what the chunk took, and waits for a line on stdin. So
+several trainings of any library take turns of a second or two in one run, and whatever else the
+machine does hits all of them alike.
 """
 
 import json
@@ -19,27 +20,40 @@ import gymnasium as gym
 
 
 class Gate(gym.Wrapper):
-    """Reports {"steps", "seconds", "cpu_seconds", "rss_mib"} before every `chunk`-th step, then waits for its turn."""
+    """Before every `chunk`-th step: reports what the last ones took, then waits for its turn."""
 
     def __init__(self, env: gym.Env, chunk: int):
         super().__init__(env)
-        self.chunk, self.steps, self.report = chunk, 0, os.fdopen(int(os.environ["SPEED_REPORT"]), "w")
-        self.wall = self.cpu = 0.0
+        self.chunk = chunk
+        self.steps = 0
+        self.report = os.fdopen(int(os.environ["SPEED_REPORT"]), "w")
+        self.wall = 0.0
+        self.cpu = 0.0
 
     def step(self, action):
         if self.steps % self.chunk == 0:
-            took = {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kibibytes on Linux
-            print(json.dumps({"steps": self.steps, **took, "rss_mib": peak}), file=self.report, flush=True)
-            if not sys.stdin.readline():
-                raise SystemExit  # speed.py has seen enough
-            self.wall, self.cpu = time.perf_counter(), time.process_time()
+            self.wait()
         self.steps += 1
         return self.env.step(action)
 
+    def wait(self) -> None:
+        report = {
+            "steps": self.steps,
+            "seconds": time.perf_counter() - self.wall,
+            "cpu_seconds": time.process_time() - self.cpu,
+            # kibibytes on Linux
+            "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        print(json.dumps(report), file=self.report, flush=True)
+        if not sys.stdin.readline():
+            raise SystemExit  # speed.py has seen enough
+        self.wall = time.perf_counter()
+        self.cpu = time.process_time()
+
 
 def main() -> None:
-    chunk, script = int(sys.argv[1]), sys.argv[2]
+    chunk = int(sys.argv[1])
+    script = sys.argv[2]
     make = gym.make
 
     def make_with_gate(*args, **kwargs) -> gym.Env:

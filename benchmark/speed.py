@@ -1,14 +1,12 @@
 """Speed and memory of NE-TD3, measured beside its peers in one run on one machine.
 
-Run:   python benchmark/speed.py compare        steps per second and memory, ours and the peers' in turn; the ceilings
-       python benchmark/speed.py baselines      what each rival of NE costs against plain TD3
-       python benchmark/speed.py whole-run      what NE costs against dense TD3, all intervals at their defaults
-       python benchmark/speed.py scaling        steps per second against width, batch and task; time of a round
-       python benchmark/speed.py side-by-side   throughput of several runs at once against one alone
-       python benchmark/speed.py memory         peak memory against buffer and libraries
+Run:   python benchmark/speed.py compare    steps per second, ours and the peers' in turn; ceilings
+       python benchmark/speed.py memory     peak memory against buffer and libraries
+       python benchmark/speed.py round      the time of a topology round against width
 
-Every contender is a real training in a process of its own that stops after each chunk of environment steps until it is
-its turn again (paced.py). So a machine that is slower for a minute is so for all, and the ratios hold.
+Every contender of `compare` is a real training in a process of its own that stops after each chunk
+of environment steps until it is its turn again (paced.py). So a machine that is slower for a
+minute is so for all, and the ratios hold.
 """
 
 import csv
@@ -21,9 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import NoReturn
 
 import numpy as np
@@ -37,10 +34,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ne_td3_continuous as ne  # noqa: E402
 
+OUT = ROOT / "runs" / "speed"
 RANDOM_STEPS = 1_000  # of each contender, before its first update
-PEERS = {  # name: packages of its environment, arguments of peer.py
-    "Stable-Baselines3": (["stable-baselines3"], "sb3"),
-    "SBX": (["sbx-rl"], "sbx"),
+PEERS = {  # name: package, and the name of its environment and in peer.py
+    "Stable-Baselines3": ("stable-baselines3", "sb3"),
+    "SBX": ("sbx-rl", "sbx"),
 }
 
 
@@ -53,67 +51,89 @@ def die(message: str) -> NoReturn:
 class Setting:
     """What all contenders of a comparison share."""
 
-    env_id: str = "HalfCheetah-v5"  # Gymnasium task
-    widths: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics
-    batch_size: int = 256  # transitions per update
-    threads: int = 1  # CPU threads, and cores, of each contender
-    cuda: bool = False  # train on the GPU
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium task"""
+    widths: tuple[int, ...] = (256, 256)
+    """hidden layers of actor and critics"""
+    batch_size: int = 256
+    """transitions per update"""
+    threads: int = 1
+    """CPU threads, and cores, of each contender"""
+    cuda: bool = False
+    """train on the GPU"""
 
 
+# --- contenders ---------------------------------------------------------------
 def environment(threads: int) -> dict[str, str]:
     """Environment variables that hold every numerical library to so many threads."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    xla = f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'} intra_op_parallelism_threads={threads}"
-    return {**os.environ, **dict.fromkeys(names, str(threads)), "XLA_FLAGS": xla, "MUJOCO_GL": "disable"}
+    variables = dict(os.environ)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        variables[name] = str(threads)
+    several = "true" if threads > 1 else "false"
+    xla = f"--xla_cpu_multi_thread_eigen={several} intra_op_parallelism_threads={threads}"
+    variables["XLA_FLAGS"] = xla
+    variables["MUJOCO_GL"] = "disable"
+    return variables
 
 
-# --- contenders ------------------------------------------------------------------------------------------------------
-NE, RIVALS = "ne_td3_continuous.py", "baselines/td3_continuous.py"
+def cores(threads: int) -> set[int]:
+    """The cores of a contender: the first ones this process may use."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if not 1 <= threads <= len(allowed):
+        die(f"--threads must be 1 to {len(allowed)}, the cores of this machine, got {threads}")
+    return set(allowed[:threads])
 
 
-def ours(setting: Setting, *flags: str, script: str = NE) -> list[str]:
-    """The command of a script of ours, without evaluations; NE with ten times as many topology rounds as by default."""
+def ours(setting: Setting, *flags: str) -> list[str]:
+    """The command of our script, without evaluations and with ten times as many rounds."""
     widths = [str(width) for width in setting.widths]
-    command = [sys.executable, str(ROOT / script), "--env-id", setting.env_id]
-    command += ["--actor-hidden", *widths, "--critic-hidden", *widths, "--batch-size", str(setting.batch_size)]
-    command += ["--torch-threads", str(setting.threads), "--learning-starts", str(RANDOM_STEPS)]
-    command += ["--eval-frequency", "1000000", *(["--grow-interval", "1000"] if script == NE else [])]
-    return [*command, *([] if setting.cuda else ["--no-cuda"]), *flags]
-
-
-DENSE = ("--initial-density", "1", "--review-floor", "1")
+    command = [sys.executable, str(ROOT / "ne_td3_continuous.py"), "--env-id", setting.env_id]
+    command += ["--actor-hidden", *widths, "--critic-hidden", *widths]
+    command += ["--batch-size", str(setting.batch_size)]
+    command += ["--torch-threads", str(setting.threads)]
+    command += ["--learning-starts", str(RANDOM_STEPS)]
+    command += ["--eval-frequency", "1000000", "--grow-interval", "1000"]
+    if not setting.cuda:
+        command.append("--no-cuda")
+    return [*command, *flags]
 
 
 def peer(name: str, setting: Setting) -> list[str]:
     """The command of a peer; its environment is made at the first use."""
-    packages, library = PEERS[name]
+    package, library = PEERS[name]
     folder = ROOT / "benchmark" / f".venv-{library}"
-    python = folder / "bin" / "python"
     if not (folder / "complete").exists():
-        print(f"installing {name} into {folder.relative_to(ROOT)}", flush=True)
-        pins = ROOT / "benchmark" / "requirements.txt"
-        try:
-            subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-            install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", pins]
-            subprocess.run([*install, "torch", "gymnasium[mujoco]", *packages], check=True)
-        except (OSError, subprocess.CalledProcessError) as e:
-            die(f"cannot install {name}: {e}; leave it out with --peers")
-        (folder / "complete").touch()
-    device = "cuda" if setting.cuda else "cpu"
-    numbers = [1_000_000, RANDOM_STEPS, setting.batch_size]
-    script = str(ROOT / "benchmark" / "peer.py")
-    return [str(python), script, library, setting.env_id, *map(str, numbers), device, *map(str, setting.widths)]
+        install(name, package, folder)
+    command = [str(folder / "bin" / "python"), str(ROOT / "benchmark" / "peer.py")]
+    command += [library, setting.env_id, "1000000", str(RANDOM_STEPS), str(setting.batch_size)]
+    command.append("cuda" if setting.cuda else "cpu")
+    return [*command, *map(str, setting.widths)]
+
+
+def install(name: str, package: str, folder: Path) -> None:
+    """Raises: SystemExit(2)."""
+    print(f"installing {name} into {folder.relative_to(ROOT)}", flush=True)
+    pins = ROOT / "benchmark" / "requirements.txt"
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    try:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        subprocess.run([*pip, "-c", pins, "torch", "gymnasium[mujoco]", package], check=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+        die(f"cannot install {name}: {e}; leave it out with --peers")
+    (folder / "complete").touch()
 
 
 class Contender:
     """A training behind the gate of paced.py. `command` is [python, script, arguments ...]."""
 
     def __init__(self, name: str, command: list[str], chunk: int, cores: set[int]):
-        self.name, self.chunk, self.turns = name, chunk, []
-        read, write = os.pipe()
+        self.name = name
+        self.chunk = chunk
+        self.turns: list[dict] = []
         self.folder = tempfile.TemporaryDirectory()  # runs/ and error messages go there
         self.errors = open(Path(self.folder.name) / "stderr", "w+")
         python, *script = command
+        read, write = os.pipe()
         self.process = subprocess.Popen(
             [python, str(ROOT / "benchmark" / "paced.py"), str(chunk), *script],
             stdin=subprocess.PIPE,
@@ -127,22 +147,20 @@ class Contender:
         os.close(write)
         self.reports = os.fdopen(read)
 
-    def go(self) -> None:
-        self.process.stdin.write(b"\n")
-        self.process.stdin.flush()
-
     def wait(self) -> dict:
         """What the last chunk took. Raises: SystemExit if the process ended instead."""
         line = self.reports.readline()
         if not line:
             self.process.wait()
             self.errors.seek(0)
-            last = [text for text in self.errors.read().splitlines() if text.strip()] or ["it said nothing"]
-            die(f"{self.name} ended with exit code {self.process.returncode}: {last[-1]}")
+            said = [text for text in self.errors.read().splitlines() if text.strip()]
+            last = said[-1] if said else "it said nothing"
+            die(f"{self.name} ended with exit code {self.process.returncode}: {last}")
         return json.loads(line)
 
     def turn(self) -> dict:
-        self.go()
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
         return self.wait()
 
     def close(self) -> None:
@@ -155,8 +173,9 @@ class Contender:
         self.errors.close()
         self.folder.cleanup()
 
-    def rates(self) -> list[float]:
-        return [self.chunk / turn["seconds"] for turn in self.turns]
+    def rates(self) -> np.ndarray:
+        """Environment steps per second, (turns,)."""
+        return np.array([self.chunk / turn["seconds"] for turn in self.turns])
 
 
 def warm_up(contenders: list[Contender]) -> None:
@@ -175,15 +194,7 @@ def take_turns(contenders: list[Contender], turns: int) -> None:
         contender.close()
 
 
-def cores(threads: int) -> set[int]:
-    """The cores of a contender: the first ones this process may use."""
-    allowed = sorted(os.sched_getaffinity(0))
-    if not 1 <= threads <= len(allowed):
-        die(f"--threads must be 1 to {len(allowed)}, the cores of this machine, got {threads}")
-    return set(allowed[:threads])
-
-
-# --- output ----------------------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------
 def write_csv(file: Path, rows: list[dict]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w", newline="") as f:
@@ -194,30 +205,39 @@ def write_csv(file: Path, rows: list[dict]) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
-    widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in rows[0]}
-    for row in [{key: key for key in widths}, *rows]:
+    head = {key: key for key in rows[0]}
+    widths = {}
+    for key in head:
+        widths[key] = max(len(str(row[key])) for row in [head, *rows])
+    for row in [head, *rows]:
         print("  ".join(f"{row[key]!s:>{width}}" for key, width in widths.items()))
 
 
-def turns_of(contenders: list[Contender], **columns) -> list[dict]:
-    return [
-        {"contender": c.name, **columns, "turn": n, "steps_per_second": f"{c.chunk / turn['seconds']:.2f}"}
-        | {"cpu_seconds": f"{turn['cpu_seconds']:.4f}", "peak_rss_mib": f"{turn['rss_mib']:.0f}"}
-        for c in contenders
-        for n, turn in enumerate(c.turns, 1)
-    ]
+def turns_of(contenders: list[Contender]) -> list[dict]:
+    rows = []
+    for contender in contenders:
+        for n, turn in enumerate(contender.turns, 1):
+            row = {"contender": contender.name, "turn": n}
+            row["steps_per_second"] = f"{contender.chunk / turn['seconds']:.2f}"
+            row["cpu_seconds"] = f"{turn['cpu_seconds']:.4f}"
+            row["peak_rss_mib"] = f"{turn['rss_mib']:.0f}"
+            rows.append(row)
+    return rows
 
 
 def draw_bars(contenders: list[Contender], file: Path, title: str) -> None:
     """Median steps per second of each contender, with the middle half of its turns."""
     figure = Figure(figsize=(7, 0.5 * len(contenders) + 1.2), layout="constrained")
     ax = figure.subplots()
-    for y, contender in enumerate(reversed(contenders)):
+    upwards = contenders[::-1]
+    for y, contender in enumerate(upwards):
         low, middle, high = np.percentile(contender.rates(), [25, 50, 75])
         colour = "#999999" if contender.name in PEERS else "#0072B2"
-        ax.barh(y, middle, color=colour, xerr=[[middle - low], [high - middle]], error_kw={"capsize": 3})
-        ax.annotate(f"{middle:.0f}", (high, y), xytext=(5, 0), textcoords="offset points", va="center")
-    ax.set_yticks(range(len(contenders)), [contender.name for contender in reversed(contenders)])
+        spread = [[middle - low], [high - middle]]
+        ax.barh(y, middle, color=colour, xerr=spread, error_kw={"capsize": 3})
+        style = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        ax.annotate(f"{middle:.0f}", (high, y), **style)
+    ax.set_yticks(range(len(upwards)), [contender.name for contender in upwards])
     ax.set_xlabel("environment steps per second (median and middle half of the turns)")
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(title)
@@ -227,55 +247,71 @@ def draw_bars(contenders: list[Contender], file: Path, title: str) -> None:
     print(f"wrote {file}")
 
 
-# --- ceilings --------------------------------------------------------------------------------------------------------
+# --- our agent, without an environment ----------------------------------------
+def sizes_of(env_id: str) -> tuple[int, int]:
+    """Observations and actions of a task."""
+    env = ne.make_env(env_id, 1_000)
+    return env.observation_space.shape[0], env.action_space.shape[0]
+
+
+def make_agent(setting: Setting, transitions: int = 10_000) -> tuple:
+    """Arguments, our agent, and a buffer full of random numbers."""
+    device = torch.device("cuda" if setting.cuda else "cpu")
+    n_obs, n_act = sizes_of(setting.env_id)
+    args = ne.Args(
+        actor_hidden=setting.widths,
+        critic_hidden=setting.widths,
+        batch_size=setting.batch_size,
+    )
+    ne.scale_to_run(args)
+    agent = ne.Agent(args, n_obs, n_act, 0, device)
+    buffer = ne.ReplayBuffer(transitions, n_obs, n_act, 0, device)
+    for rows in buffer.data.split(1_000):
+        rows.normal_()
+    buffer.size = transitions
+    return args, agent, buffer
+
+
 def best_seconds(function, repeats: int = 7) -> float:
     """The fastest of so many loops of at least 0.1 s, per call."""
-    loops, best = 1, float("inf")
-    while repeats:
+    loops = 1
+    best = float("inf")
+    while repeats > 0:
         start = time.perf_counter()
         for _ in range(loops):
             function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        took = time.perf_counter() - start
-        if took < 0.1:
+        seconds = time.perf_counter() - start
+        if seconds < 0.1:
             loops *= 2
         else:
-            best, repeats = min(best, took / loops), repeats - 1
+            best = min(best, seconds / loops)
+            repeats -= 1
     return best
 
 
-def make_agent(setting: Setting) -> tuple[ne.Agent, ne.ReplayBuffer]:
-    """Our agent with a buffer of random numbers."""
-    device = torch.device("cuda" if setting.cuda else "cpu")
-    env = ne.make_env(setting.env_id)
-    n_obs, n_act = env.observation_space.shape[0], env.action_space.shape[0]
-    args = ne.Args(actor_hidden=setting.widths, critic_hidden=setting.widths, batch_size=setting.batch_size)
-    buffer = ne.ReplayBuffer(10_000, n_obs, n_act, args.batch_size, 0, device)
-    buffer.data.normal_()
-    buffer.size = buffer.capacity
-    return ne.Agent(args, n_obs, n_act, 0, device), buffer
+# --- ceilings -----------------------------------------------------------------
+def operations(update, batch) -> int:
+    """Floating-point operations of the matrix products of an update."""
+    with FlopCounterMode(display=False) as counter:
+        update(batch)
+    return counter.get_total_flops()
 
 
-def ceilings(setting: Setting) -> list[dict]:
-    """What no training can exceed: matrix products against the work of an update, and the simulator alone."""
-    torch.set_num_threads(setting.threads)
-    agent, buffer = make_agent(setting)
-    batch, device = buffer.sample(), buffer.data.device
-    operations = {}
-    for name, update in (("critic", agent.update_critic), ("actor", agent.update_actor)):
-        with FlopCounterMode(display=False) as counter:
-            update(batch)
-        operations[name] = counter.get_total_flops()
-    per_step = operations["critic"] + operations["actor"] / agent.args.policy_frequency
-    rates = {}
-    for rows, width in ((2048, 2048), (setting.batch_size, max(setting.widths))):
-        a, b = torch.randn(rows, width, device=device), torch.randn(width, width, device=device)
-        rates[rows, width] = 2 * rows * width**2 / best_seconds(lambda a=a, b=b: a @ b)
-    peak = max(rates.values())
-    env = ne.make_env(setting.env_id)
+def product_rate(rows: int, width: int, device: torch.device) -> float:
+    """Operations per second of a matrix product (rows, width) x (width, width)."""
+    a = torch.randn(rows, width, device=device)
+    b = torch.randn(width, width, device=device)
+    return 2 * rows * width**2 / best_seconds(lambda: a @ b)
+
+
+def simulator_rate(env_id: str) -> float:
+    """Steps per second of the task alone, with random actions."""
+    env = ne.make_env(env_id, 1_000)
     env.reset(seed=0)
-    actions = np.random.default_rng(0).uniform(-1, 1, (1000, env.action_space.shape[0])).astype(np.float32)
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (1000, env.action_space.shape[0])).astype(np.float32)
 
     def simulate() -> None:
         for action in actions:
@@ -283,23 +319,40 @@ def ceilings(setting: Setting) -> list[dict]:
             if terminated or truncated:
                 env.reset()
 
-    products = [
-        {"ceiling": f"matrix product {n} x {w} x {w}", "value": f"{rate / 1e9:.1f}", "unit": "GFLOP/s"}
-        for (n, w), rate in rates.items()
-    ]
-    return [
-        *products,
-        {"ceiling": "matrix products of one environment step", "value": f"{per_step / 1e6:.1f}", "unit": "MFLOP"},
-        {"ceiling": "updates at the faster rate", "value": f"{peak / per_step:.0f}", "unit": "steps/s"},
-        {"ceiling": "simulator alone", "value": f"{1000 / best_seconds(simulate, 3):.0f}", "unit": "steps/s"},
-    ]
+    return len(actions) / best_seconds(simulate, 3)
 
 
-# --- commands --------------------------------------------------------------------------------------------------------
-def all_commands(setting: Setting, peers: tuple[str, ...], others: tuple[str, ...]) -> dict[str, list[str]]:
-    """{contender: [python, script, arguments ...]}. Raises: SystemExit for a peer or a command that cannot be."""
-    flags = {"NE-TD3, compiled": ["--compile"], "NE-TD3": [], "TD3 (ours, dense), compiled": ["--compile", *DENSE]}
-    commands = {name: ours(setting, *extra) for name, extra in (flags | {"TD3 (ours, dense)": DENSE}).items()}
+def ceilings(setting: Setting) -> list[dict]:
+    """What no training can exceed: the matrix products of its updates, the simulator alone."""
+    torch.set_num_threads(setting.threads)
+    args, agent, buffer = make_agent(setting)
+    batch = buffer.new_batch(setting.batch_size)
+    buffer.sample(batch)
+    critic = operations(agent.update_critic, batch)
+    actor = operations(agent.update_actor, batch)
+    per_step = critic + actor / args.policy_frequency
+    rows = []
+    rates = []
+    for n, width in ((2048, 2048), (setting.batch_size, max(setting.widths))):
+        rate = product_rate(n, width, buffer.data.device)
+        rates.append(rate)
+        rows.append((f"matrix product {n} x {width} x {width}", f"{rate / 1e9:.1f}", "GFLOP/s"))
+    rows.append(("matrix products of one environment step", f"{per_step / 1e6:.1f}", "MFLOP"))
+    rows.append(("updates at the faster rate", f"{max(rates) / per_step:.0f}", "steps/s"))
+    rows.append(("simulator alone", f"{simulator_rate(setting.env_id):.0f}", "steps/s"))
+    return [dict(zip(("ceiling", "value", "unit"), row, strict=True)) for row in rows]
+
+
+# --- commands -----------------------------------------------------------------
+def all_commands(setting: Setting, peers: tuple, others: tuple) -> dict[str, list[str]]:
+    """{contender: [python, script, arguments ...]}. Raises: SystemExit(2) for what cannot be."""
+    dense = ["--initial-density", "1", "--review-floor", "1"]
+    commands = {
+        "NE-TD3, compiled": ours(setting, "--compile"),
+        "NE-TD3": ours(setting),
+        "TD3 (ours, dense), compiled": ours(setting, "--compile", *dense),
+        "TD3 (ours, dense)": ours(setting, *dense),
+    }
     if setting.cuda:
         commands["NE-TD3, without CUDA graphs"] = ours(setting, "--no-cudagraphs")
     for name in peers:
@@ -308,35 +361,30 @@ def all_commands(setting: Setting, peers: tuple[str, ...], others: tuple[str, ..
         commands[name] = peer(name, setting)
     for text in others:
         label, _, line = text.partition("=")
-        if len(shlex.split(line)) < 2:
+        words = shlex.split(line)
+        if len(words) < 2:
             die(f"--command must be LABEL=PYTHON SCRIPT [ARGS...], got {text}")
-        python, script, *rest = shlex.split(line)
-        commands[label] = [python, str(Path(script).resolve()), *rest]
+        python, script, *arguments = words
+        commands[label] = [python, str(Path(script).resolve()), *arguments]
     return commands
 
 
-def rival_commands(setting: Setting, injection_step: int, compiled: bool) -> dict[str, list[str]]:
-    """{contender: [python, script, arguments ...]}: TD3, NE, and each rival."""
-    rivals = {"TD3": "none", "Reset": "reset --reset-interval 1000", "ReDo": "redo --redo-interval 100"}
-    rivals |= {"LayerNorm": "layer-norm", "Plasticity Injection": f"injection --injection-step {injection_step}"}
-    rivals |= {"recency-weighted replay": "recency"}
-    extra = ["--compile"] * compiled
-    lines = {name: ours(setting, "--method", *line.split(), *extra, script=RIVALS) for name, line in rivals.items()}
-    return lines | {"NE-TD3": ours(setting, *extra)}
-
-
 def fastest_peer(contenders: list[Contender]) -> Contender:
-    peers = [c for c in contenders if c.name in PEERS]
-    return max(peers or contenders, key=lambda c: median(c.rates()))
+    peers = [contender for contender in contenders if contender.name in PEERS]
+    return max(peers or contenders, key=lambda contender: np.median(contender.rates()))
 
 
 def print_ratios(contenders: list[Contender], reference: Contender) -> None:
-    """Medians, and the ratios to the reference: medians over pairs of neighbouring turns."""
+    """Medians, and ratios to the reference: median and middle half over pairs of turns."""
     table = []
-    for c in contenders:
-        ratio = median(a / b for a, b in zip(c.rates(), reference.rates(), strict=True))
-        row = {"contender": c.name, "steps/s": f"{median(c.rates()):.1f}", f"against {reference.name}": f"{ratio:.2f}"}
-        table.append(row | {"peak MiB": f"{max(turn['rss_mib'] for turn in c.turns):.0f}"})
+    for contender in contenders:
+        ratios = contender.rates() / reference.rates()
+        low, middle, high = np.percentile(ratios, [25, 50, 75])
+        row = {"contender": contender.name}
+        row["steps/s"] = f"{np.median(contender.rates()):.1f}"
+        row[f"against {reference.name}"] = f"{middle:.2f} ({low:.2f}-{high:.2f})"
+        row["peak MiB"] = f"{max(turn['rss_mib'] for turn in contender.turns):.0f}"
+        table.append(row)
     print_table(table)
 
 
@@ -346,22 +394,24 @@ def compare(
     command: tuple[str, ...] = (),
     chunk: int = 100,
     turns: int = 30,
-    out: Path = ROOT / "results",
-    figure: Path = ROOT / "docs" / "speed.png",
+    out: Path = OUT,
 ) -> None:
-    """Environment steps per second with updates, and peak memory, of ours and the peers in turn.
+    """Environment steps per second with updates, and peak memory, ours and the peers in turn.
 
     Args:
         setting: the same for all
         peers: which of them take part; their environments are made at the first use
-        command: LABEL=PYTHON SCRIPT [ARGS...], another contender; its first update must come within 1,000 steps
+        command: LABEL=PYTHON SCRIPT [ARGS...], another contender; its first update must come
+            within 1,000 steps
         chunk: environment steps of a turn
         turns: turns of each contender
-        out: folder of the CSVs
-        figure: where the bar chart goes
+        out: folder of the CSVs and the bar chart
     """
     commands = all_commands(setting, peers, command)
-    contenders = [Contender(name, line, chunk, cores(setting.threads)) for name, line in commands.items()]
+    allowed = cores(setting.threads)
+    contenders = []
+    for name, line in commands.items():
+        contenders.append(Contender(name, line, chunk, allowed))
     warm_up(contenders)
     take_turns(contenders, turns)
     print_ratios(contenders, fastest_peer(contenders))
@@ -369,175 +419,93 @@ def compare(
     print_table(limits)
     write_csv(out / "speed_compare.csv", turns_of(contenders))
     write_csv(out / "speed_ceilings.csv", limits)
-    shape = f"{'-'.join(map(str, setting.widths))}, batch {setting.batch_size}, {setting.threads} thread"
-    draw_bars(contenders, figure, f"{setting.env_id}, {shape}{'s' * (setting.threads > 1)}")
-
-
-def baselines(
-    setting: Setting = Setting(widths=(256, 128)),  # noqa: B008
-    chunk: int = 100,
-    turns: int = 20,
-    compiled: bool = True,
-    out: Path = ROOT / "results",
-) -> None:
-    """What NE and each rival cost against plain TD3, in turn. Events come more often than by default.
-
-    Args:
-        setting: the same for all
-        chunk: environment steps of a turn
-        turns: turns of each contender
-        compiled: all with --compile
-        out: folder of the CSV
-    """
-    commands = rival_commands(setting, RANDOM_STEPS + chunk, compiled)
-    contenders = [Contender(name, line, chunk, cores(setting.threads)) for name, line in commands.items()]
-    warm_up(contenders)
-    take_turns(contenders, turns)
-    print_ratios(contenders, contenders[0])
-    write_csv(out / "speed_baselines.csv", turns_of(contenders))
-
-
-def whole_run(steps: int = 100_000, chunk: int = 1_000, compiled: bool = True, out: Path = ROOT / "results") -> None:
-    """NE against dense TD3 over whole runs, in turn: rounds, reviews, evaluations, logging, checkpoints as by default.
-
-    Args:
-        steps: length of each run in environment steps
-        chunk: environment steps of a turn
-        compiled: both with --compile
-        out: folder of the CSV
-    """
-    command = [sys.executable, str(ROOT / "ne_td3_continuous.py"), "--total-timesteps", str(steps + 1), "--no-cuda"]
-    command += ["--compile"] * compiled
-    runs = {"NE-TD3": command, "TD3 (ours, dense)": [*command, *DENSE]}
-    contenders = [Contender(name, line, chunk, cores(1)) for name, line in runs.items()]
-    for contender in contenders:
-        contender.wait()
-    take_turns(contenders, steps // chunk)
-    seconds = {c.name: sum(turn["seconds"] for turn in c.turns) for c in contenders}
-    print_table([{"run": name, "seconds": f"{s:.0f}", "steps/s": f"{steps / s:.1f}"} for name, s in seconds.items()])
-    ours_, dense = seconds.values()
-    middle = median(a / b for a, b in zip(*[contender.rates() for contender in contenders], strict=True))
-    print(f"NE runs at {dense / ours_:.3f} of the speed of dense TD3 over the whole run (median turn: {middle:.3f})")
-    write_csv(out / "speed_whole_run.csv", turns_of(contenders))
-
-
-def scaling(chunk: int = 50, turns: int = 12, compiled: bool = True, out: Path = ROOT / "results") -> None:
-    """Steps per second of NE-TD3 against width, batch and task, one changed at a time; time of one topology round.
-
-    Args:
-        chunk: environment steps of a turn
-        turns: turns of each setting
-        compiled: with --compile
-        out: folder of the CSVs
-    """
-    settings = [Setting(widths=(width, width)) for width in (128, 256, 512, 1024)]
-    settings += [Setting(batch_size=batch) for batch in (64, 1024)]
-    settings += [Setting(env_id=env_id) for env_id in ("Ant-v5", "Humanoid-v5")]
-    rows = []
-    contenders = [
-        Contender(f"{s.env_id} {s.widths[0]} {s.batch_size}", ours(s, *["--compile"] * compiled), chunk, cores(1))
-        for s in settings
-    ]
-    warm_up(contenders)
-    take_turns(contenders, turns)
-    for setting, contender in zip(settings, contenders, strict=True):
-        limit = {row["ceiling"]: row["value"] for row in ceilings(setting)}
-        row = {"task": setting.env_id, "width": setting.widths[0], "batch": setting.batch_size}
-        row |= {"steps/s": f"{median(contender.rates()):.1f}"}
-        row["MFLOP per step"] = limit["matrix products of one environment step"]
-        row["GFLOP/s reached"] = f"{float(row['MFLOP per step']) * median(contender.rates()) / 1e3:.1f}"
-        rows.append(row | {"peak MiB": f"{max(turn['rss_mib'] for turn in contender.turns):.0f}"})
-    print_table(rows)
-    write_csv(out / "speed_scaling.csv", rows)
-    rounds = [time_of_round(width) for width in (128, 256, 512, 1024, 2048)]
-    print_table(rounds)
-    write_csv(out / "speed_round.csv", rounds)
+    widths = "-".join(map(str, setting.widths))
+    threads = "1 thread" if setting.threads == 1 else f"{setting.threads} threads"
+    title = f"{setting.env_id}, {widths}, batch {setting.batch_size}, {threads}"
+    draw_bars(contenders, out / "speed.png", title)
 
 
 def time_of_round(width: int) -> dict:
-    """One topology round of all networks at 25% density, without resets: milliseconds, and per million weights."""
-    agent, buffer = make_agent(Setting(widths=(width, width)))
-    weights = sum(layer.weight.numel() for layer in agent.online_layers)
-    batch = buffer.sample()
-    seconds = best_seconds(lambda: ne.topology_round(agent, batch, 500_000, 0.0), 5)
-    grown = best_seconds(lambda: ne.topology_round(agent, batch, 500_000, 0.001), 5)
-    row = {"width": width, "weights": weights, "without growth, ms": f"{seconds * 1e3:.1f}"}
-    return row | {"whole round, ms": f"{grown * 1e3:.1f}", "ms per million weights": f"{grown * 1e9 / weights:.1f}"}
+    """One round of all networks, without resets: milliseconds, and per million weights."""
+    args, agent, buffer = make_agent(Setting(widths=(width, width)))
+    batch = buffer.new_batch(args.batch_size)
+    buffer.sample(batch)
+    progress = ne.Progress.of(agent)
+    growing = replace(args, prune=False, grow_rate=0.002)  # small: it grows over and over
+    still = replace(growing, growth="none")
+    step = args.total_timesteps // 2
+    seconds = {}
+    for name, changed in (("without growth", still), ("whole", growing)):
+
+        def one_round(changed=changed) -> None:
+            ne.topology_round(changed, agent, batch, progress, step)
+
+        seconds[name] = best_seconds(one_round, 5)
+    weights = 0
+    for network in agent.networks.values():
+        weights += sum(layer.weight.numel() for layer in network.layers)
+    row = {"width": width, "weights": weights}
+    row["without growth, ms"] = f"{seconds['without growth'] * 1e3:.1f}"
+    row["whole round, ms"] = f"{seconds['whole'] * 1e3:.1f}"
+    row["ms per million weights"] = f"{seconds['whole'] * 1e9 / weights:.1f}"
+    return row
 
 
-def side_by_side(
-    runs: int = 2, chunk: int = 100, turns: int = 20, compiled: bool = True, out: Path = ROOT / "results"
-) -> None:
-    """Throughput of so many runs at once, one core each, against one run alone, in turn.
+def rounds(widths: tuple[int, ...] = (128, 256, 512, 1024, 2048), out: Path = OUT) -> None:
+    """The time of one topology round of actor and critics at 25% density.
 
     Args:
-        runs: how many
-        chunk: environment steps of a turn
-        turns: turns alone, and turns together
-        compiled: with --compile
+        widths: of both hidden layers
         out: folder of the CSV
     """
-    allowed = sorted(os.sched_getaffinity(0))
-    if not 1 < runs <= len(allowed):
-        die(f"--runs must be 2 to {len(allowed)}, the cores of this machine, got {runs}")
-    line = ours(Setting(), *["--compile"] * compiled)
-    contenders = [Contender(f"run {n + 1}", line, chunk, {allowed[n]}) for n in range(runs)]
-    warm_up(contenders)
-    rows = []
-    for n in tqdm(range(turns), unit=" turns", disable=None):
-        alone = contenders[n % runs].turn()
-        for contender in contenders:
-            contender.go()
-        together = [contender.wait() for contender in contenders]
-        rate = sum(chunk / report["seconds"] for report in together)
-        rows.append({"turn": n + 1, "alone": f"{chunk / alone['seconds']:.2f}", "together": f"{rate:.2f}"})
-    for contender in contenders:
-        contender.close()
-    alone, together = (median(float(row[key]) for row in rows) for key in ("alone", "together"))
-    ratio = median(float(row["together"]) / float(row["alone"]) for row in rows)
-    print(f"one run alone {alone:.1f} steps/s, {runs} runs {together:.1f} steps/s in all: {ratio:.2f} times as many")
-    write_csv(out / "speed_side_by_side.csv", rows)
+    torch.set_num_threads(1)
+    rows = [time_of_round(width) for width in widths]
+    print_table(rows)
+    write_csv(out / "speed_round.csv", rows)
 
 
 def peak_after(transitions: int, results) -> None:
-    """In a process of its own: fills a buffer, updates, writes a checkpoint; reports the peak memory in MiB."""
+    """In a process of its own: updates, then a checkpoint; puts (peak, buffer) in MiB."""
+    torch.set_num_threads(1)
     setting = Setting(env_id="Humanoid-v5", widths=(256, 128))
-    agent, small = make_agent(setting)
-    n_obs, n_act = small.batch.obs.shape[1], small.batch.noise.shape[1]
-    buffer = ne.ReplayBuffer(max(transitions, 256), n_obs, n_act, setting.batch_size, 0, torch.device("cpu"))
-    for start in range(0, buffer.capacity, 1000):
-        buffer.data[start : start + 1000].normal_()
-    buffer.size = buffer.capacity
+    args, agent, buffer = make_agent(setting, transitions)
+    batch = buffer.new_batch(args.batch_size)
     for _ in range(20):
-        agent.update_critic(buffer.sample())
-        agent.update_actor(buffer.sample())
+        buffer.sample(batch)
+        agent.update_critic(batch)
+        agent.update_actor(batch)
     with tempfile.TemporaryDirectory() as folder:
-        ne.save_checkpoint(Path(folder) / "checkpoint.pt", {"agent": agent.state_dict(), "buffer": buffer.state_dict()})
-    results.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, buffer.data.nbytes / 2**20))
+        parts = {"agent": agent.state_dict(), "buffer": buffer.state_dict()}
+        torch.save(parts, Path(folder) / "checkpoint.pt")  # as `Run.save` does
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    results.put((peak, buffer.data.nbytes / 2**20))
 
 
-def memory(transitions: int = 500_000, out: Path = ROOT / "results") -> None:
-    """Peak memory with a full buffer and a checkpoint written, against the buffer plus the same without it (Humanoid).
+def memory(transitions: int = 500_000, out: Path = OUT) -> None:
+    """Peak memory with a full buffer and a checkpoint, against the same plus the buffer (Humanoid).
 
     Args:
         transitions: capacity of the buffer, all of it filled
         out: folder of the CSV
     """
     context = multiprocessing.get_context("spawn")
-    peaks = []
-    for size in (0, transitions):
+    measured = []
+    for size in (256, transitions):
         results = context.Queue()
         process = context.Process(target=peak_after, args=(size, results))
         process.start()
-        peaks.append(results.get())
+        measured.append(results.get())
         process.join()
-    (base, _), (peak, buffer) = peaks
+    base = measured[0][0]
+    peak, buffer = measured[1]
     ratio = peak / (base + buffer)
-    print(f"libraries and agent {base:.0f} MiB, buffer {buffer:.0f} MiB, peak {peak:.0f} MiB: {ratio:.2f} of their sum")
-    row = {"transitions": transitions, "libraries_mib": f"{base:.0f}", "buffer_mib": f"{buffer:.0f}"}
-    write_csv(out / "speed_memory.csv", [row | {"peak_mib": f"{peak:.0f}", "ratio": f"{ratio:.3f}"}])
+    print(f"libraries and agent {base:.0f} MiB, buffer {buffer:.0f} MiB")
+    print(f"peak {peak:.0f} MiB: {ratio:.2f} of their sum")
+    row = {"transitions": transitions, "libraries_mib": f"{base:.0f}"}
+    row |= {"buffer_mib": f"{buffer:.0f}", "peak_mib": f"{peak:.0f}", "ratio": f"{ratio:.3f}"}
+    write_csv(out / "speed_memory.csv", [row])
 
 
 if __name__ == "__main__":
-    commands = {"compare": compare, "baselines": baselines, "whole-run": whole_run, "scaling": scaling}
-    tyro.extras.subcommand_cli_from_dict(commands | {"side-by-side": side_by_side, "memory": memory})
+    commands = {"compare": compare, "memory": memory, "round": rounds}
+    tyro.extras.subcommand_cli_from_dict(commands)

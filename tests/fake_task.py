@@ -1,41 +1,281 @@
-"""A small task with the interface of dm_control's: a dot that actions push around, drawn without OpenGL."""
+"""Tasks without a physics engine, some of which do what an environment must not do.
+
+For the state scripts, Gymnasium's ids `fake_task:Plain-v0` and so on (TASKS lists them);
+for the pixel scripts `load_task`, with the interface of dm_control's suite.
+"""
 
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 from dm_env import StepType, TimeStep
 
+BOUNDED = gym.spaces.Box(-0.9, 0.3, (2,), np.float32)  # rescaling passes 0.3 by the last bit
 
+
+class Plain(gym.Env):
+    """A dot pushed around, episodes of 20 steps; the reward is 1 - its distance from 0.
+
+    The constructor takes no argument, not even render_mode.
+    """
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    length = 20
+
+    def __init__(self):
+        self.position = np.zeros(2, dtype=np.float32)
+        self.steps = 0
+        self.total_steps = 0  # over all episodes
+        self.episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        self.steps = 0
+        self.episodes += 1
+        return self.position, {}
+
+    def step(self, action):
+        self.steps += 1
+        self.total_steps += 1
+        self.position = (self.position + 0.1 * action).clip(-1, 1).astype(np.float32)
+        reward = 1 - float(np.abs(self.position).mean())
+        return self.position, reward, self.steps == self.length, False, {}
+
+
+class SameArray(Plain):
+    """Returns the same array every time and changes it in place."""
+
+    def step(self, action):
+        before = self.position
+        obs, *rest = super().step(action)
+        before[:] = obs
+        self.position = before
+        return before, *rest
+
+    def reset(self, **kwargs):
+        before = self.position
+        obs, info = super().reset(**kwargs)
+        before[:] = obs
+        self.position = before
+        return before, info
+
+
+class Integers(Plain):
+    """Integer actions."""
+
+    action_space = gym.spaces.Box(-3, 3, (2,), np.int64)
+
+
+class IntegerObs(Plain):
+    """Integer observations."""
+
+    observation_space = gym.spaces.Box(-3, 3, (2,), np.int64)
+
+
+class NoWidth(Plain):
+    """An action whose bounds are the same."""
+
+    low = np.array([-1, 0.5], dtype=np.float32)
+    high = np.array([1, 0.5], dtype=np.float32)
+    action_space = gym.spaces.Box(low, high)
+
+
+class NoBounds(Plain):
+    action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+
+class Strict(Plain):
+    """Refuses actions that leave its bounds, by however little."""
+
+    action_space = BOUNDED
+
+    def step(self, action):
+        assert (action >= self.action_space.low).all(), f"{action} is too low"
+        assert (action <= self.action_space.high).all(), f"{action} is too high"
+        assert action.dtype == np.float32
+        return super().step(action)
+
+
+class Faulty(Plain):
+    """Does what `fault` says at step 130 of its life, in its seventh episode."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.total_steps == 130:
+            obs, reward = self.fault(obs.copy(), reward)
+        return obs, reward, terminated, truncated, info
+
+
+class NaNObs(Faulty):
+    def fault(self, obs, reward):
+        obs[1] = np.nan
+        return obs, reward
+
+
+class InfiniteObs(Faulty):
+    def fault(self, obs, reward):
+        obs[1] = -np.inf
+        return obs, reward
+
+
+class LongObs(Faulty):
+    def fault(self, obs, reward):
+        return np.append(obs, 1), reward
+
+
+class NaNReward(Faulty):
+    def fault(self, obs, reward):
+        return obs, float("nan")
+
+
+class InfiniteReward(Faulty):
+    def fault(self, obs, reward):
+        return obs, float("inf")
+
+
+class TwoRewards(Faulty):
+    def fault(self, obs, reward):
+        return obs, np.array([reward, reward])
+
+
+class NoReward(Faulty):
+    def fault(self, obs, reward):
+        return obs, None
+
+
+class Raises(Faulty):
+    def fault(self, obs, reward):
+        raise ValueError("the simulation\nexploded")
+
+
+class RaisesInReset(Plain):
+    """Its eighth episode does not start."""
+
+    def reset(self, **kwargs):
+        if self.episodes == 7:
+            raise ValueError("no start")
+        return super().reset(**kwargs)
+
+
+class NeverStarts(Plain):
+    def reset(self, **kwargs):
+        raise ValueError("no start")
+
+
+class ArrayReward(Plain):
+    """The reward is an array of one element, as in environments of old."""
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, np.array([reward], dtype=np.float32), *rest
+
+
+class Never(Plain):
+    """Its episodes do not end."""
+
+    length = -1
+
+
+class OldRandom(Plain):
+    """Draws from a RandomState, as environments ported from Gym do."""
+
+    def __init__(self):
+        super().__init__()
+        self.old = np.random.RandomState(0)
+
+    @property
+    def np_random(self):
+        return self.old
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.old = np.random.RandomState(seed)
+        self.steps = 0
+        self.position = self.old.uniform(-1, 1, 2).astype(np.float32)
+        return self.position, {}
+
+
+class Slow(Plain):
+    """Takes ten milliseconds a step, so that a signal arrives within an episode."""
+
+    def step(self, action):
+        import time
+
+        time.sleep(0.01)
+        return super().step(action)
+
+
+TASKS = [
+    Plain,
+    SameArray,
+    Integers,
+    IntegerObs,
+    NoWidth,
+    NoBounds,
+    Strict,
+    NaNObs,
+    InfiniteObs,
+    LongObs,
+    NaNReward,
+    InfiniteReward,
+    TwoRewards,
+    NoReward,
+    Raises,
+    RaisesInReset,
+    NeverStarts,
+    ArrayReward,
+    Never,
+    OldRandom,
+    Slow,
+]
+for task in TASKS:
+    gym.register(f"{task.__name__}-v0", task)
+
+
+# --- pixels -------------------------------------------------------------------
 class FakeTask:
-    """Episodes of `length` steps. Action bounds are asymmetric. `ends` is the discount of an episode's last step."""
+    """A dot that actions push around, drawn without OpenGL; episodes of `length` steps.
+
+    Action bounds are asymmetric. `ends` is the discount of an episode's last step.
+    """
 
     def __init__(self, rng: np.random.RandomState, length: int = 20, ends: float = 1.0):
-        self.rng, self.length, self.ends, self.actions, self.physics = rng, length, ends, [], self
-        self.position, self.steps = np.zeros(2), 0
+        self.rng = rng
+        self.length = length
+        self.ends = ends
+        self.actions = []
+        self.physics = self
+        self.position = np.zeros(2)
+        self.steps = 0
 
     def action_spec(self) -> SimpleNamespace:
-        return SimpleNamespace(shape=(2,), minimum=np.array([-1.0, -2.0]), maximum=np.array([1.0, 4.0]))
+        low = np.array([-1.0, -2.0])
+        high = np.array([1.0, 4.0])
+        return SimpleNamespace(shape=(2,), minimum=low, maximum=high)
 
     def reset(self) -> None:
-        self.position, self.steps = self.rng.uniform(-1, 1, 2) + 0.1 * self.rng.randn(2), 0
+        self.position = self.rng.uniform(-1, 1, 2) + 0.1 * self.rng.randn(2)
+        self.steps = 0
 
     def step(self, action: np.ndarray) -> TimeStep:
         self.actions.append(np.array(action))
         self.steps += 1
         self.position = (self.position + 0.1 * np.asarray(action)).clip(-1, 1)
-        last = self.steps == self.length
-        reward, discount = (
-            1 - np.abs(self.position).mean(),
-            self.ends if last else 1.0,
-        )  # a NumPy scalar, as dm_control has
-        return TimeStep(StepType.LAST if last else StepType.MID, reward, discount, None)
+        reward = 1 - np.abs(self.position).mean()  # a NumPy scalar, as dm_control has
+        if self.steps == self.length:
+            return TimeStep(StepType.LAST, reward, self.ends, None)
+        return TimeStep(StepType.MID, reward, 1.0, None)
 
     def render(self, height: int, width: int, camera_id: int) -> np.ndarray:
         assert camera_id == 0
-        places = np.stack(np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij"), axis=-1)
+        rows = np.linspace(-1, 1, height)
+        columns = np.linspace(-1, 1, width)
+        places = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1)
         light = 255 * np.exp(-8 * ((places - self.position) ** 2).sum(-1))
-        image = np.stack((light, 255 - light, np.full_like(light, 12 * self.steps % 256)), axis=-1)
-        return image.astype(np.uint8)
+        time = np.full_like(light, 12 * self.steps % 256)
+        return np.stack((light, 255 - light, time), axis=-1).astype(np.uint8)
 
     def control_timestep(self) -> float:
         return 0.02

@@ -1,8 +1,9 @@
-"""Invariants of the agent: masks, dense gradients, moments, targets, weight clipping, and equality with plain TD3."""
+"""Invariants of the agent (SPEC, section 1): masks, gradients, moments, budget, plain TD3."""
 
 import contextlib
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -12,241 +13,416 @@ import torch.nn.functional as F
 import helpers
 import ne_td3_continuous as ne
 import utils_topology as topology
-from helpers import make_agent, silence_some
+from helpers import make_agent, mlps_of, sample, silence_some
 
 CPU = torch.device("cpu")
 
 
-def train(agent: ne.Agent, buffer: ne.ReplayBuffer, updates: int, rounds: int = 0, alpha: float = 0.3) -> dict:
-    """Updates with topology rounds among them in the first half of growth. Returns connections changed."""
+class Rounds:
+    """Topology rounds of an agent, in the first half of growth, and their counts."""
 
-    def topology_round(agent: ne.Agent, batch: ne.Batch, update: int) -> dict:
-        step = agent.args.total_timesteps * update // (2 * updates)
-        return ne.topology_round(agent, batch, step, alpha)
+    def __init__(self, agent: ne.Agent, grow_rate: float = 0.3):
+        agent.args.grow_rate = grow_rate
+        agent.args.growth_end = agent.args.total_timesteps
+        self.progress = ne.Progress.of(agent)
 
-    return helpers.train(agent, buffer, updates, topology_round, rounds)
+    def __call__(self, agent: ne.Agent, batch: ne.Batch, step: int = 100) -> None:
+        ne.topology_round(agent.args, agent, batch, self.progress, step)
+
+    def train(self, agent: ne.Agent, buffer: ne.ReplayBuffer, updates: int, rounds: int) -> None:
+        def topology_round(agent, batch, update):
+            self(agent, batch, agent.args.total_timesteps * update // (2 * updates))
+
+        helpers.train(agent, buffer, updates, topology_round, rounds)
 
 
 def all_layers(agent: ne.Agent) -> list[ne.MaskedLinear]:
     return [module for module in agent.modules() if isinstance(module, ne.MaskedLinear)]
 
 
-# --- invariant 1: W == W * M, in online and target networks; biases are never masked ----------------------------------
+def online_layers(agent: ne.Agent) -> list[ne.MaskedLinear]:
+    return agent.networks["actor"].layers + agent.networks["critic"].layers
+
+
+def target_layers(agent: ne.Agent) -> list[ne.MaskedLinear]:
+    return agent.networks["actor"].target_layers + agent.networks["critic"].target_layers
+
+
+def active_connections(mlp: ne.MLP) -> int:
+    return sum(int(layer.mask.sum()) for layer in mlp.layers)
+
+
+# --- invariant 1: W == W * M, online and target; biases are never masked ------
 @pytest.mark.parametrize("growth", ["gradient", "random", "none"])
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_weights_are_zero_where_masked_at_any_time(growth, layer_norm):
     agent, buffer = make_agent(growth=growth, layer_norm=layer_norm)
+    rounds = Rounds(agent)
     for part in range(6):
         if part == 3:
             silence_some(agent)
-        train(agent, buffer, 10, rounds=1, alpha=0.0 if growth == "none" else 0.3)
+        rounds.train(agent, buffer, updates=20, rounds=2)
         assert len(all_layers(agent)) == 18
         for layer in all_layers(agent):
             assert torch.equal(layer.weight, layer.weight * layer.mask)
-            assert torch.equal(layer.keep, layer.mask.float())
-    for layer, target in zip(agent.layers["actor"] + agent.layers["critic"], agent.target_layers, strict=True):
-        assert torch.equal(layer.mask, target.mask)
-    assert all(layer.bias.count_nonzero() == layer.bias.numel() for layer in all_layers(agent))
+            assert set(layer.mask.flatten().tolist()) <= {0.0, 1.0}
+            assert layer.bias.count_nonzero() == layer.bias.numel()
+        for layer, target in zip(online_layers(agent), target_layers(agent), strict=True):
+            assert torch.equal(layer.mask, target.mask)
 
 
 def test_every_network_has_masks_of_its_own():
     agent, _ = make_agent()
-    q1, q2 = agent.critic
-    assert not torch.equal(q1.layers[0].mask, q2.layers[0].mask)
+    first = agent.critic_1.layers[0].mask
+    assert not torch.equal(first, agent.critic_2.layers[0].mask)
 
 
-# --- invariant 2: growth sees the dense gradient ----------------------------------------------------------------------
-def test_growth_gets_the_gradient_a_masked_weight_would_have(monkeypatch):
-    agent, buffer = make_agent()
-    train(agent, buffer, 20)
-    batch = buffer.sample()
-    seen = []
-    grow = topology.grow
-    monkeypatch.setattr(
-        topology, "grow", lambda layers, scores, *rest: seen.append(scores) or grow(layers, scores, *rest)
-    )
-    actor, critic = copy.deepcopy(agent.actor), copy.deepcopy(agent.critic)
-    target_q = q_target_by_hand(agent, batch)
-    critic_loss = sum(F.mse_loss(q(batch.obs_actions), target_q) for q in critic)
-    actor_loss = -agent.critic[0](torch.cat((batch.obs, actor(batch.obs)), 1)).mean()
-    expected = []
-    for loss, mlps in ((actor_loss, [actor]), (critic_loss, critic)):
-        loss.backward()
-        expected += [[layer.weight.grad.abs() for layer in mlp.layers] for mlp in mlps]
-    masks = [[layer.mask.clone() for layer in mlp.layers] for mlp in (agent.actor, *agent.critic)]
-    ne.topology_round(agent, batch, 100, 0.3)
-    assert len(seen) == 3
-    for scores, gradients, layer_masks in zip(seen, expected, masks, strict=True):
-        for score, gradient, mask in zip(scores, gradients, layer_masks, strict=True):
-            assert torch.allclose(score.abs(), gradient, atol=1e-7)
-            assert score[~mask].count_nonzero() > 0 or mask.all()
-
-
+# --- invariant 2: growth sees the dense gradient ------------------------------
 def q_target_by_hand(agent: ne.Agent, batch: ne.Batch) -> torch.Tensor:
     args = agent.args
     with torch.no_grad():
         noise = torch.clamp(args.policy_noise * batch.noise, -args.noise_clip, args.noise_clip)
-        x = torch.cat((batch.next_obs, torch.clamp(agent.target_actor(batch.next_obs) + noise, -1, 1)), 1)
-        next_q = torch.min(agent.target_critic[0](x), agent.target_critic[1](x))
+        actions = torch.clamp(agent.target_actor(batch.next_obs) + noise, -1, 1)
+        x = torch.cat((batch.next_obs, actions), 1)
+        next_q = torch.min(agent.target_critic_1(x), agent.target_critic_2(x))
         return batch.rewards + args.gamma * (1 - batch.terminated) * next_q
+
+
+def test_growth_gets_the_gradient_a_masked_weight_would_have(monkeypatch):
+    """That of a copy of plain nn.Linear layers with the same values, by autograd."""
+    agent, buffer = make_agent()
+    helpers.train(agent, buffer, 20)
+    batch = sample(buffer)
+    seen = []
+    grow = topology.grow
+
+    def noted(layers, scores, *rest):
+        seen.append(scores)
+        return grow(layers, scores, *rest)
+
+    monkeypatch.setattr(topology, "grow", noted)
+    plain = {}
+    for name, mlp in (("actor", agent.actor), ("1", agent.critic_1), ("2", agent.critic_2)):
+        plain[name] = nn.Sequential()
+        for layer in mlp.layers:
+            linear = nn.Linear(layer.in_features, layer.out_features)
+            linear.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+            plain[name].extend([linear, nn.ReLU()])
+        plain[name].pop(-1)
+    target_q = q_target_by_hand(agent, batch)
+    critic_loss = 0
+    for name in ("1", "2"):
+        critic_loss += F.mse_loss(plain[name](batch.obs_actions)[:, 0], target_q)
+    critic_loss.backward()
+    actions = torch.tanh(plain["actor"](batch.obs))
+    actor_loss = -agent.critic_1(torch.cat((batch.obs, actions), 1)).mean()
+    actor_loss.backward()
+    masks = [
+        [layer.mask.clone() for layer in mlp.layers]
+        for mlps in mlps_of(agent).values()
+        for mlp in mlps
+    ]
+
+    Rounds(agent)(agent, batch)
+
+    assert len(seen) == 3
+    for scores, network, layer_masks in zip(seen, plain.values(), masks, strict=True):
+        for score, linear, mask in zip(scores, network[::2], layer_masks, strict=True):
+            assert torch.allclose(score, linear.weight.grad, atol=1e-7)
+            assert mask.all() or score[mask == 0].count_nonzero() > 0
 
 
 def test_a_round_takes_no_optimiser_step():
     agent, buffer = make_agent(prune=False)
-    train(agent, buffer, 10)
-    before = [p.clone() for p in agent.parameters()]
-    steps = [state["step"].item() for adam in agent.optimizers.values() for state in adam.state.values()]
-    ne.topology_round(agent, buffer.sample(), 100, 0.3)
-    assert all(torch.equal(p, old) for p, old in zip(agent.parameters(), before, strict=True))
-    assert steps == [state["step"].item() for adam in agent.optimizers.values() for state in adam.state.values()]
+    helpers.train(agent, buffer, 10)
+    before = helpers.values(agent)
+    Rounds(agent)(agent, sample(buffer))
+    assert helpers.equal(helpers.values(agent), before)
+    for name, steps in (("actor", 5), ("critic", 10)):
+        for state in agent.networks[name].optimizer.state.values():
+            assert state["step"] == steps
 
 
-# --- invariant 3: moments are zero for every connection that is not active, or was just born, pruned or reset ---------
+# --- births only where there is a gradient (SPEC, section 3) ------------------
+def test_nothing_is_born_where_the_gradient_is_zero():
+    """An input that is always 0, as padding is, gets no connection; planned says how many."""
+    agent, buffer = make_agent(prune=False)
+    buffer.data[:, 1] = 0.0  # in obs
+    buffer.data[:, 7] = 0.0  # in next obs
+    silence_some(agent)  # no gradient into these neurons, nor out of them
+    before = {layer: layer.mask.clone() for layer in online_layers(agent)}
+    rounds = Rounds(agent, grow_rate=0.9)
+    batch = sample(buffer)
+    gradients = [*agent.actor_gradients(batch)[-1], *agent.critic_gradients(batch)[-1]]
+    params = agent.networks["actor"].params + agent.networks["critic"].params
+    gradient_of = dict(zip(params, gradients, strict=True))
+    rounds(agent, batch, step=50)
+    fraction = ne.growth_fraction(agent.args, 50)
+    for name, mlps in mlps_of(agent).items():
+        for i, mlp in enumerate(mlps):
+            planned = 0
+            grown = 0
+            for layer in mlp.layers:
+                mask = before[layer]
+                gradient = gradient_of[layer.weight]
+                born = (layer.mask == 1) & (mask == 0)
+                candidates = (mask == 0) & (gradient != 0)
+                assert not born[gradient == 0].any()
+                assert int(born.sum()) == math.ceil(fraction * int(candidates.sum()))
+                planned += math.ceil(fraction * int((mask == 0).sum()))
+                grown += int(born.sum())
+            first = mlp.layers[0]
+            assert torch.equal(first.mask[:, 1], before[first][:, 1])
+            assert torch.equal(first.mask[::3], before[first][::3])
+            assert rounds.progress.planned[name][i] == planned
+            assert rounds.progress.grown[name][i] == grown
+            assert 0 < grown < planned
+
+
+def test_random_growth_does_not_follow_the_gradient():
+    """Other gradients, same draws: the same births, also where the gradient is 0."""
+    born = []
+    for scale in (1.0, 3.0):
+        agent, buffer = make_agent(growth="random", prune=False)
+        buffer.data[:, 1] = 0.0
+        agent.critic_1.layers[-1].weight.data.mul_(scale)
+        before = agent.critic_1.layers[0].mask.clone()
+        Rounds(agent, grow_rate=0.9)(agent, sample(buffer))
+        born.append(agent.critic_1.layers[0].mask - before)
+    assert torch.equal(*born)
+    assert born[0][:, 1].any()
+
+
+# --- invariant 3: Adam's state ------------------------------------------------
 def test_moments_are_zero_where_masked():
     agent, buffer = make_agent()
-    train(agent, buffer, 20, rounds=2)
+    rounds = Rounds(agent)
+    rounds.train(agent, buffer, updates=20, rounds=2)
     silence_some(agent)
-    counts = train(agent, buffer, 20, rounds=2)
-    assert counts["ne/actor/pruned"] > 0 and counts["ne/critic/pruned"] > 0
-    for name, adam in agent.optimizers.items():
-        for layer in agent.layers[name]:
+    rounds.train(agent, buffer, updates=20, rounds=2)
+    assert min(rounds.progress.pruned["actor"] + rounds.progress.pruned["critic"]) > 0
+    for name, network in agent.networks.items():
+        steps = {"actor": 20, "critic": 40}[name]
+        for state in network.optimizer.state.values():
+            assert state["step"] == steps
+        for layer in network.layers:
+            state = network.optimizer.state[layer.weight]
             for moment in ("exp_avg", "exp_avg_sq"):
-                assert not adam.state[layer.weight][moment][~layer.mask].any()
-                assert adam.state[layer.weight][moment][layer.mask].any()
+                assert not state[moment][layer.mask == 0].any()
+                assert state[moment][layer.mask == 1].any()
 
 
-def test_connections_born_in_a_round_start_without_momentum():
+def test_connections_born_in_a_round_start_at_the_mean():
     agent, buffer = make_agent(prune=False)
-    train(agent, buffer, 20)
-    for adam in agent.optimizers.values():  # as if dead weights had drifted
-        for state in adam.state.values():
-            state["exp_avg"].fill_(1.0)
-    masks = {name: [layer.mask.clone() for layer in layers] for name, layers in agent.layers.items()}
-    ne.topology_round(agent, buffer.sample(), 100, 0.3)
-    for name, adam in agent.optimizers.items():
-        for layer, mask in zip(agent.layers[name], masks[name], strict=True):
-            born = layer.mask & ~mask
-            assert not adam.state[layer.weight]["exp_avg"][born].any()
-            assert (adam.state[layer.weight]["exp_avg"][mask] == 1).all()
+    helpers.train(agent, buffer, 20)
+    before = {}
+    for network in agent.networks.values():
+        for layer in network.layers:
+            state = network.optimizer.state[layer.weight]
+            squares = state["exp_avg_sq"][layer.mask == 1]
+            before[layer] = (layer.mask.clone(), state["exp_avg"].clone(), squares.mean())
+    Rounds(agent)(agent, sample(buffer))
+    for network in agent.networks.values():
+        for layer in network.layers:
+            mask, average, mean_square = before[layer]
+            born = layer.mask != mask
+            assert born.any() or mask.all()
+            state = network.optimizer.state[layer.weight]
+            assert not state["exp_avg"][born].any()
+            assert torch.equal(state["exp_avg"][mask == 1], average[mask == 1])
+            assert torch.allclose(state["exp_avg_sq"][born], mean_square)
 
 
-# --- invariants 4 and 5: a round does not change the output on its batch ----------------------------------------------
-def test_a_round_leaves_the_outputs_on_its_batch():
+# --- invariants 4 and 5: a round does not change the output on its batch ------
+def outputs(agent: ne.Agent, batch: ne.Batch) -> list[torch.Tensor]:
+    with torch.no_grad():
+        critics = [agent.critic_1(batch.obs_actions), agent.critic_2(batch.obs_actions)]
+        return [agent.actor(batch.obs), *critics]
+
+
+def test_growth_leaves_all_outputs():
+    agent, buffer = make_agent(prune=False)
+    helpers.train(agent, buffer, 20)
+    batch = sample(buffer)
+    another = sample(buffer)
+    before = outputs(agent, batch) + outputs(agent, another)
+    rounds = Rounds(agent)
+    rounds(agent, batch)
+    assert min(rounds.progress.grown["actor"] + rounds.progress.grown["critic"]) > 0
+    after = outputs(agent, batch) + outputs(agent, another)
+    for was, now in zip(before, after, strict=True):
+        assert torch.allclose(was, now, atol=1e-7)
+
+
+def test_pruning_leaves_the_outputs_on_its_batch():
     agent, buffer = make_agent()
-    train(agent, buffer, 20, rounds=2)
+    rounds = Rounds(agent, grow_rate=0.5)
+    rounds.train(agent, buffer, updates=20, rounds=2)
     silence_some(agent)
-    batch = buffer.sample()
-    q = [mlp(batch.obs_actions) for mlp in agent.critic]
-    actions = agent.actor(batch.obs)
-    counts = ne.topology_round(agent, batch, 200, 0.5)
-    assert counts["ne/critic/pruned"] > 0 and counts["ne/actor/pruned"] > 0
-    assert torch.allclose(agent.actor(batch.obs), actions, atol=1e-6)
-    for mlp, before in zip(agent.critic, q, strict=True):
-        assert torch.allclose(mlp(batch.obs_actions), before, atol=1e-6)
+    batch = sample(buffer)
+    before = outputs(agent, batch)
+    pruned = copy.deepcopy(rounds.progress.pruned)
+    rounds(agent, batch, step=200)
+    for name in ("actor", "critic"):
+        for was, now in zip(pruned[name], rounds.progress.pruned[name], strict=True):
+            assert now > was
+    for was, now in zip(before, outputs(agent, batch), strict=True):
+        assert torch.allclose(was, now, atol=1e-6)
 
 
-# --- invariant 6: a round never leaves fewer connections --------------------------------------------------------------
+# --- invariant 6: the budget of pruning is kept over the run ------------------
 @pytest.mark.parametrize("omega", [0.0, 0.4, 0.99])
-def test_every_round_grows_on_net(omega):
+def test_an_mlp_never_prunes_more_than_its_share_of_what_it_has_grown(omega):
     agent, buffer = make_agent(prune_ratio=omega)
-    for _ in range(8):
+    rounds = Rounds(agent)
+    birth = {}
+    for mlps in mlps_of(agent).values():
+        for mlp in mlps:
+            birth[mlp] = active_connections(mlp)
+    for _ in range(10):
         silence_some(agent)
-        before = {name: sum(int(layer.mask.sum()) for layer in layers) for name, layers in agent.layers.items()}
-        counts = train(agent, buffer, 4, rounds=1)
-        for name, layers in agent.layers.items():
-            grown, pruned = counts[f"ne/{name}/grown"], counts[f"ne/{name}/pruned"]
-            assert 0 <= pruned <= omega * grown
-            assert sum(int(layer.mask.sum()) for layer in layers) == before[name] + grown - pruned
+        rounds.train(agent, buffer, updates=4, rounds=1)
+        for name, mlps in mlps_of(agent).items():
+            for i, mlp in enumerate(mlps):
+                grown = rounds.progress.grown[name][i]
+                pruned = rounds.progress.pruned[name][i]
+                assert 0 <= pruned <= omega * grown
+                assert active_connections(mlp) == birth[mlp] + grown - pruned >= birth[mlp]
+    total = sum(rounds.progress.pruned["actor"] + rounds.progress.pruned["critic"])
+    assert (total > 0) == (omega > 0)
+
+
+def test_what_a_round_leaves_of_the_budget_is_there_for_the_next():
+    """A round that grows next to nothing prunes what earlier rounds would have allowed."""
+    agent, buffer = make_agent()
+    rounds = Rounds(agent)
+    rounds.train(agent, buffer, updates=20, rounds=4)
+    before = copy.deepcopy(rounds.progress)
+    assert min(before.grown["critic"]) > 300
+    silence_some(agent)
+    rounds(agent, sample(buffer), step=990)  # the cosine is 0.0005
+    for name in ("actor", "critic"):
+        for i, grown in enumerate(rounds.progress.grown[name]):
+            of_this_round = agent.args.prune_ratio * (grown - before.grown[name][i])
+            pruned = rounds.progress.pruned[name][i] - before.pruned[name][i]
+            assert pruned > 10 * of_this_round
+            assert rounds.progress.pruned[name][i] <= agent.args.prune_ratio * grown
 
 
 def test_no_prune_prunes_nothing():
     agent, buffer = make_agent(prune=False)
     silence_some(agent)
-    counts = train(agent, buffer, 4, rounds=1)
-    assert counts["ne/actor/pruned"] == counts["ne/critic/pruned"] == 0 < counts["ne/actor/grown"]
+    rounds = Rounds(agent)
+    rounds.train(agent, buffer, updates=4, rounds=1)
+    assert rounds.progress.pruned == {"actor": [0], "critic": [0, 0]}
+    assert rounds.progress.grown["actor"][0] > 0
 
 
 def test_nothing_happens_in_the_last_round():
     agent, buffer = make_agent()
     silence_some(agent)
-    assert set(ne.topology_round(agent, buffer.sample(), 1_000, 0.3).values()) == {0}
+    rounds = Rounds(agent)
+    before = copy.deepcopy(agent.state_dict())
+    rounds(agent, sample(buffer), step=1_000)
+    helpers.assert_equal(dict(agent.state_dict()), dict(before))
+    assert rounds.progress == ne.Progress.of(agent)
 
 
 def test_targets_lose_what_is_pruned_and_get_zero_for_what_is_born():
     agent, buffer = make_agent()
-    train(agent, buffer, 20, rounds=2)
+    rounds = Rounds(agent)
+    rounds.train(agent, buffer, updates=20, rounds=2)
     silence_some(agent)
-    before = [(target.mask.clone(), target.weight.clone()) for target in agent.target_layers]
-    ne.topology_round(agent, buffer.sample(), 100, 0.3)
-    for (mask, weight), target in zip(before, agent.target_layers, strict=True):
+    before = [(layer.mask.clone(), layer.weight.clone()) for layer in target_layers(agent)]
+    rounds(agent, sample(buffer))
+    gone = 0
+    for (mask, weight), target in zip(before, target_layers(agent), strict=True):
         assert torch.equal(target.weight, weight * target.mask)
-        assert not target.weight[target.mask & ~mask].any()
+        assert not target.weight[(target.mask == 1) & (mask == 0)].any()
+        gone += int(((target.mask == 0) & (mask == 1)).sum())
+    assert gone > 0
 
 
-def test_random_growth_does_not_follow_the_gradient():
-    agent, buffer = make_agent(growth="random", prune=False)
-    layer = agent.critic[0].layers[1]
-    before = layer.mask.clone()
-    state = agent.ne_rng.get_state()
-    ne.topology_round(agent, buffer.sample(), 100, 0.3)
-    first = layer.mask & ~before
-    other, buffer = make_agent(growth="random", prune=False)
-    other.ne_rng.set_state(state)
-    for q in other.critic:
-        q.layers[-1].weight.data.mul_(3.0)  # other gradients, same draws
-    ne.topology_round(other, buffer.sample(), 100, 0.3)
-    assert torch.equal(other.critic[0].layers[1].mask & ~before, first)
-
-
-# --- weight clipping --------------------------------------------------------------------------------------------------
+# --- weight clipping ----------------------------------------------------------
 @pytest.mark.parametrize("kappa", [0.0, 0.5])
 def test_only_reset_neurons_are_clipped(kappa):
     agent, buffer = make_agent(weight_clip=kappa)
-    train(agent, buffer, 10)
+    helpers.train(agent, buffer, 10)
     silence_some(agent)
-    ne.topology_round(agent, buffer.sample(), 100, 0.5)
-    reset = [(layer, torch.isfinite(layer.bound).any(1)) for layer in agent.layers["actor"] + agent.layers["critic"]]
-    assert sum(int(rows.sum()) for _, rows in reset) > 0 or kappa == 0
-    for layer in agent.layers["actor"] + agent.layers["critic"]:
+    Rounds(agent, grow_rate=0.5)(agent, sample(buffer))
+    reset = {layer: torch.isfinite(layer.bound).any(1) for layer in online_layers(agent)}
+    assert (sum(int(rows.sum()) for rows in reset.values()) > 0) == (kappa > 0)
+    for layer in online_layers(agent):
         layer.weight.data = 3.0 * layer.mask  # far outside
-    train(agent, buffer, 2)
-    for layer, rows in reset:
+    helpers.train(agent, buffer, 2)
+    for layer, rows in reset.items():
         limit = kappa / math.sqrt(layer.in_features)
         assert (layer.weight[rows].abs() <= limit + 1e-7).all()
-        assert (layer.weight[~rows][layer.mask[~rows]] > 2.9).all()
+        others = layer.weight[~rows][layer.mask[~rows] == 1]
+        assert (others > 2.9).all()
 
 
-# --- NE on one network only, scale-up, LayerNorm ----------------------------------------------------------------------
+# --- NE on one network only, LayerNorm ----------------------------------------
 @pytest.mark.parametrize(("actor", "critic"), [(True, False), (False, True), (False, False)])
 def test_a_network_without_ne_is_dense_from_the_start(actor, critic):
     agent, buffer = make_agent(ne_actor=actor, ne_critic=critic)
-    assert topology.network_density(agent.layers["actor"]) == pytest.approx(0.25 if actor else 1.0, abs=0.01)
-    assert topology.network_density(agent.layers["critic"]) == pytest.approx(0.25 if critic else 1.0, abs=0.01)
-    counts = train(agent, buffer, 10, rounds=1)
-    assert (counts["ne/actor/grown"] > 0, counts["ne/critic/grown"] > 0) == (actor, critic)
-
-
-@pytest.mark.parametrize(("scale", "widths"), [(1, [256, 128]), (2, [256] * 3), (4, [256] * 5)])
-def test_scale_up(scale, widths):
-    agent = ne.Agent(ne.Args(scale=scale), 17, 6, ne_seed=0, device=CPU)
-    assert [layer.out_features for layer in agent.actor.layers] == [*widths, 6]
-    for q in agent.critic:
-        assert [layer.out_features for layer in q.layers] == [*widths, 1]
+    rounds = Rounds(agent)
+    rounds.train(agent, buffer, updates=10, rounds=1)
+    for name, sparse in (("actor", actor), ("critic", critic)):
+        for mlp in mlps_of(agent)[name]:
+            assert (topology.network_density(mlp.layers) < 0.6) == sparse
+            assert sparse or active_connections(mlp) == sum(
+                layer.mask.numel() for layer in mlp.layers
+            )
+        assert (min(rounds.progress.grown[name]) > 0) == sparse
+    fresh, _ = make_agent(ne_actor=actor, ne_critic=critic)
+    density = topology.network_density(fresh.networks["critic"].layers)
+    assert density == pytest.approx(0.25 if critic else 1.0, abs=0.01)
 
 
 def test_layer_norm_on_hidden_layers_only():
     agent, buffer = make_agent(layer_norm=True)
-    for mlp in (agent.actor, *agent.critic):
+    for mlp in (agent.actor, agent.critic_1, agent.critic_2):
         assert [type(norm) for norm in mlp.norms] == [nn.LayerNorm, nn.LayerNorm]
         x = torch.randn(8, mlp.layers[0].in_features)
-        by_hand = x
+        h = x
         for layer, norm in zip(mlp.layers[:-1], mlp.norms, strict=True):
-            by_hand = F.relu(F.layer_norm(layer(by_hand), (layer.out_features,), norm.weight, norm.bias))
-        assert torch.allclose(nn.Module.__call__(mlp.layers[-1], by_hand), mlp.layers[-1](mlp.activations(x)[-1]))
-    train(agent, buffer, 10, rounds=2)
+            h = F.layer_norm(layer(h), (layer.out_features,), norm.weight, norm.bias)
+            h = F.relu(h)
+        assert torch.allclose(ne.MLP.forward(mlp, x), mlp.layers[-1](h))
+    Rounds(agent).train(agent, buffer, updates=10, rounds=2)
 
 
-# --- experience review ------------------------------------------------------------------------------------------------
+# --- copies -------------------------------------------------------------------
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
+def test_a_copy_trains_its_own_networks_and_targets(copied):
+    agent, buffer = make_agent()
+    helpers.train(agent, buffer, 4)
+    rng = buffer.rng.get_state()
+    other = copied(agent)
+    before = helpers.values(agent)
+    helpers.assert_equal(dict(other.state_dict()), dict(agent.state_dict()))
+    rounds = Rounds(other)
+    rounds.train(other, buffer, updates=10, rounds=2)
+    assert helpers.equal(helpers.values(agent), before)
+    for name in ("actor", "critic_1", "critic_2"):
+        for part in (name, f"target_{name}"):
+            was = helpers.values(getattr(agent, part))
+            assert helpers.none_equal(helpers.values(getattr(other, part)), was)
+    # and it is trained as the original is
+    buffer.rng.set_state(rng)
+    Rounds(agent).train(agent, buffer, updates=10, rounds=2)
+    helpers.assert_equal(dict(other.state_dict()), dict(agent.state_dict()))
+
+
+# --- experience review --------------------------------------------------------
+def threshold(epsilon, before, now, neurons=200, **changes) -> float:
+    options = {"review_decay": 0.005, "review_floor": 0.65}
+    args = ne.Args(**options | changes)
+    progress = ne.Progress(epsilon=epsilon, dormant=before)
+    return ne.review_threshold(args, progress, now, neurons)
+
+
 @pytest.mark.parametrize(
     ("epsilon", "before", "now", "expected"),
     [
@@ -258,35 +434,49 @@ def test_layer_norm_on_hidden_layers_only():
         (0.651, 10, 10, 0.65),  # the floor
     ],
 )
-def test_review_threshold(epsilon, before, now, expected):
-    assert ne.review_threshold(epsilon, before, now, ne.Args()) == pytest.approx(expected)
+def test_review_by_the_slope(epsilon, before, now, expected):
+    assert threshold(epsilon, before, now) == pytest.approx(expected)
 
 
-def test_review_floor_1_is_no_review():
-    assert ne.review_threshold(1.0, 100, 100, ne.Args(review_floor=1.0)) == 1.0
+@pytest.mark.parametrize(("now", "expected"), [(0, 1.0), (50, 0.75), (200, 0.0)])
+@pytest.mark.parametrize("floor", [0.0, 0.65])
+def test_review_by_the_level(now, expected, floor):
+    """No floor, no decay, nothing of before."""
+    for before in (None, 0, 100):
+        epsilon = threshold(0.7, before, now, review_rule="level", review_floor=floor)
+        assert epsilon == pytest.approx(expected)
 
 
-# --- invariant 7: without NE it is TD3, bit for bit -------------------------------------------------------------------
+@pytest.mark.parametrize("rule", ["slope", "level"])
+def test_review_floor_1_is_no_review(rule):
+    assert threshold(1.0, 100, 100, review_rule=rule, review_floor=1.0) == 1.0
+
+
+# --- invariant 7: without NE it is TD3, bit for bit ---------------------------
 def test_dense_is_bit_equal_to_plain_td3():
-    """A plain TD3 on nn.Linear, written from Fujimoto et al. 2018, from the same weights on the same batches."""
+    """Plain TD3 on nn.Linear, from Fujimoto et al. 2018, same weights, same batches."""
     agent, buffer = make_agent(initial_density=1.0, review_floor=1.0)
     torch.manual_seed(0)
 
     def network(n_in: int, n_out: int) -> nn.Sequential:
-        return nn.Sequential(nn.Linear(n_in, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, n_out))
+        hidden = [nn.Linear(n_in, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU()]
+        return nn.Sequential(*hidden, nn.Linear(24, n_out))
 
-    pi, q1, q2 = network(4, 2), network(6, 1), network(6, 1)
-    pi_target, q1_target, q2_target = copy.deepcopy(pi), copy.deepcopy(q1), copy.deepcopy(q2)
-    q_parameters = [*q1.parameters(), *q2.parameters()]
+    pi = network(4, 2)
+    q1 = network(6, 1)
+    q2 = network(6, 1)
+    pi_target = copy.deepcopy(pi)
+    q1_target = copy.deepcopy(q1)
+    q2_target = copy.deepcopy(q2)
     pi_adam = torch.optim.Adam(pi.parameters(), lr=3e-4, fused=True)
-    q_adam = torch.optim.Adam(q_parameters, lr=3e-4, fused=True)
+    q_adam = torch.optim.Adam([*q1.parameters(), *q2.parameters()], lr=3e-4, fused=True)
     rng = torch.Generator().manual_seed(2)
     for update in range(1, 61):
         index = torch.randint(500, (64,), generator=rng)
-        s, a, s2 = buffer.data[index, :4], buffer.data[index, 4:6], buffer.data[index, 6:10]
-        r, done = buffer.data[index, 10:11], buffer.data[index, 11:12]
+        s, a, s2, r, done = buffer.data[index].split([4, 2, 4, 1, 1], dim=1)
         with torch.no_grad():
-            a2 = (torch.tanh(pi_target(s2)) + (torch.randn(64, 2, generator=rng) * 0.2).clamp(-0.5, 0.5)).clamp(-1, 1)
+            noise = (torch.randn(64, 2, generator=rng) * 0.2).clamp(-0.5, 0.5)
+            a2 = (torch.tanh(pi_target(s2)) + noise).clamp(-1, 1)
             x2 = torch.cat((s2, a2), 1)
             y = r + 0.99 * (1 - done) * torch.minimum(q1_target(x2), q2_target(x2))
         x = torch.cat((s, a), 1)
@@ -300,131 +490,157 @@ def test_dense_is_bit_equal_to_plain_td3():
             for online, target in ((pi, pi_target), (q1, q1_target), (q2, q2_target)):
                 for p, p_target in zip(online.parameters(), target.parameters(), strict=True):
                     p_target.data.lerp_(p.data, 0.005)
-    train(agent, buffer, 60, rounds=3)
-    ours = [agent.actor, *agent.critic, agent.target_actor, *agent.target_critic]
-    for mlp, plain in zip(ours, [pi, q1, q2, pi_target, q1_target, q2_target], strict=True):
-        weights = [p for layer in mlp.layers for p in (layer.weight, layer.bias)]
-        for p, expected in zip(weights, plain.parameters(), strict=True):
-            assert torch.equal(p, expected)
+    Rounds(agent).train(agent, buffer, updates=60, rounds=3)
+    pairs = [(agent.actor, pi), (agent.critic_1, q1), (agent.critic_2, q2)]
+    pairs += [(agent.target_actor, pi_target)]
+    pairs += [(agent.target_critic_1, q1_target), (agent.target_critic_2, q2_target)]
+    for mlp, plain in pairs:
+        assert helpers.equal(helpers.values(mlp), helpers.values(plain))
 
 
-# --- combinations with ReDo and Reset ---------------------------------------------------------------------------------
-def test_redo_resets_dormant_neurons_inside_the_masks():
-    agent, buffer = make_agent()
-    train(agent, buffer, 20, rounds=2)
-    silence_some(agent)
-    batch = buffer.sample()
-    hidden = agent.hidden(batch)
-    before, targets = copy.deepcopy(agent.mlps), [p.clone() for p in agent.targets]
-    for state in (state for adam in agent.optimizers.values() for state in adam.state.values()):
-        state["exp_avg"].fill_(1.0)
-        state["exp_avg_sq"].fill_(1.0)
-    count = topology.redo(agent.mlps, hidden, 0.1, agent.optimizers, agent.ne_rng)
-    assert count == sum(topology.count_dormant(h, 0.1) for mlps in hidden.values() for h in mlps) > 20
-    for name, mlps in agent.mlps.items():
-        for mlp, old, activations in zip(mlps, before[name], hidden[name], strict=True):
-            dormant = [topology.dormant(h, 0.1) for h in activations] + [torch.zeros_like(mlp.layers[-1].bias).bool()]
-            silenced = [torch.zeros(mlp.layers[0].in_features, dtype=torch.bool), *dormant]
-            for layer, was, rows, columns in zip(mlp.layers, old.layers, dormant, silenced, strict=False):
-                assert torch.equal(layer.mask, was.mask) and torch.equal(layer.weight, layer.weight * layer.mask)
-                assert not layer.weight[:, columns].any()  # 0 wins where a redrawn neuron follows a dormant one
-                assert torch.equal(layer.weight[~rows][:, ~columns], was.weight[~rows][:, ~columns])
-                assert torch.equal(layer.bias[~rows], was.bias[~rows]) and (layer.bias[rows] != was.bias[rows]).all()
-                assert (layer.bias[rows].abs() <= layer.in_features**-0.5).all()
-                touched = rows[:, None] | columns[None]
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    state = agent.optimizers[name].state
-                    assert (
-                        not state[layer.weight][moment][touched].any() and state[layer.weight][moment][~touched].all()
-                    )
-                    assert not state[layer.bias][moment][rows].any() and state[layer.bias][moment][~rows].all()
-    assert all(torch.equal(a, b) for a, b in zip(agent.targets, targets, strict=True))
+def test_the_default_start_does_not_depend_on_ne():
+    """The weights, before masking, are those of a dense agent."""
+    agents = []
+    for density in (0.25, 1.0):
+        torch.manual_seed(3)
+        agents.append(ne.Agent(ne.Args(initial_density=density), 17, 6, ne_seed=0, device=CPU))
+    for sparse, dense in zip(online_layers(agents[0]), online_layers(agents[1]), strict=True):
+        assert torch.equal(sparse.weight, dense.weight * sparse.mask)
+        assert torch.equal(sparse.bias, dense.bias)
+
+
+# --- combinations with ReDo and Reset -----------------------------------------
+@pytest.mark.parametrize("tau", [0.0, 0.8])
+def test_redo_resets_dormant_neurons_inside_the_masks(tau):
+    agent, buffer = make_agent(redo_tau=tau)
+    Rounds(agent).train(agent, buffer, updates=20, rounds=2)
+
+    def redo(agent, batch):
+        ne.redo(agent.args, agent, batch)
+
+    before, after, dormant = helpers.redone(redo, agent, sample(buffer, 256), tau)
+    for name, was, layer, rows, columns in helpers.walk(before, after, dormant):
+        assert torch.equal(layer.mask, was.mask)
+        assert torch.equal(layer.weight, layer.weight * layer.mask)
+        # 0 wins where a redrawn neuron follows a dormant one
+        assert not layer.weight[:, columns].any()
+        kept = ~rows[:, None] & ~columns
+        assert torch.equal(layer.weight[kept], was.weight[kept])
+        assert torch.equal(layer.bias[~rows], was.bias[~rows])
+        assert (layer.bias[rows] != was.bias[rows]).all()
+        limit = layer.in_features**-0.5
+        assert (layer.bias[rows].abs() <= limit).all()
+        drawn = rows[:, None] & ~columns & (layer.mask == 1)
+        assert (layer.weight[drawn] != 0).all()
+        assert not drawn.any() or 0 < layer.weight[drawn].abs().max() <= limit
+        optimizer = after.networks[name].optimizer
+        helpers.assert_moments_forgotten(optimizer, layer, rows, columns)
+    for old, new in zip(target_layers(before), target_layers(after), strict=True):
+        assert torch.equal(old.weight, new.weight)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_reset_starts_anew_inside_the_masks(layer_norm):
     agent, buffer = make_agent(layer_norm=layer_norm)
     silence_some(agent)
-    train(agent, buffer, 40, rounds=4)
-    masks = [layer.mask.clone() for layer in agent.online_layers]
-    weights = [layer.weight.clone() for layer in agent.online_layers]
-    data, density = buffer.data.clone(), topology.network_density(agent.layers["critic"])
-    topology.reset(agent.mlps, agent.targets, agent.optimizers, agent.ne_rng)
-    for layer, mask, was in zip(agent.online_layers, masks, weights, strict=True):
-        assert torch.equal(layer.mask, mask) and (layer.weight != was)[mask].float().mean() > 0.99
+    Rounds(agent).train(agent, buffer, updates=40, rounds=4)
+    before = {layer: (layer.mask.clone(), layer.weight.clone()) for layer in online_layers(agent)}
+    data = buffer.data.clone()
+    ne.reset(agent)
+    for layer, (mask, was) in before.items():
+        assert torch.equal(layer.mask, mask)
         assert torch.equal(layer.weight, layer.weight * mask)
-        scaled = layer.weight[mask] * layer.in_features**0.5
-        assert scaled.abs().max() <= 1 and layer.bias.abs().max() <= layer.in_features**-0.5
-        assert len(scaled) < 100 or scaled.std().item() == pytest.approx(3**-0.5, rel=0.1)  # uniform, as at birth
-        assert layer.bound.isinf().all() and not layer.clipped
-    assert not torch.equal(agent.critic[0].layers[0].weight, agent.critic[1].layers[0].weight)
-    for norm in (norm for mlps in agent.mlps.values() for mlp in mlps for norm in mlp.norms if layer_norm):
-        assert (norm.weight == 1).all() and (norm.bias == 0).all()
-    online = agent.params["actor"] + agent.params["critic"]
-    assert all(torch.equal(p, target) for p, target in zip(online, agent.targets, strict=True))
-    assert not any(
-        t.any() for adam in agent.optimizers.values() for state in adam.state.values() for t in state.values()
-    )
-    assert torch.equal(buffer.data, data) and topology.network_density(agent.layers["critic"]) == density
+        assert (layer.weight != was)[mask == 1].float().mean() > 0.99
+        limit = layer.in_features**-0.5
+        drawn = layer.weight[mask == 1]
+        assert drawn.abs().max() <= limit
+        assert layer.bias.abs().max() <= limit
+        if len(drawn) > 100:  # uniform, as at birth
+            assert drawn.std().item() == pytest.approx(limit * 3**-0.5, rel=0.1)
+        assert layer.bound.isinf().all()
+    first = agent.critic_1.layers[0].weight
+    assert not torch.equal(first, agent.critic_2.layers[0].weight)
+    for mlp in (agent.actor, agent.critic_1, agent.critic_2):
+        for norm in mlp.norms:
+            if layer_norm:
+                assert (norm.weight == 1).all()
+                assert (norm.bias == 0).all()
+    for network in agent.networks.values():
+        assert helpers.equal(network.params, network.target_params)
+        for state in network.optimizer.state.values():
+            assert not any(value.any() for value in state.values())
+    assert torch.equal(buffer.data, data)
 
 
-# --- torch.compile ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("layer_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
+# --- torch.compile ------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("layer_norm", [False, True])
 def test_compiled_gradients_are_those_of_the_eager_agent(monkeypatch, layer_norm):
-    monkeypatch.setattr(torch.compiler, "set_stance", lambda **_: None)  # it would stay set for the tests to come
+    # it would stay set for the tests to come
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda **_: None)
     agent, buffer = make_agent(layer_norm=layer_norm)
-    train(agent, buffer, 20, rounds=2)
+    Rounds(agent).train(agent, buffer, updates=20, rounds=2)
     eager = copy.deepcopy(agent)
-    ne.compile_gradients(agent, buffer.batch)
-    assert all(torch.equal(a, b) for a, b in zip(agent.parameters(), eager.parameters(), strict=True))
+    batch = buffer.new_batch(64)
+    buffer.sample(batch)
+    critic_gradients = ne.compiled(agent.critic_gradients, batch)
+    actor_gradients = ne.compiled(agent.actor_gradients, batch)
+    assert helpers.equal(helpers.values(agent), helpers.values(eager))
     for _ in range(3):
-        batch = buffer.sample()
-        for gradients, expected in (
-            (agent.critic_gradients(batch), eager.critic_gradients(batch)),
-            (agent.actor_gradients(batch), eager.actor_gradients(batch)),
-        ):
-            assert [len(gradients), len(gradients[-1])] == [len(expected), len(expected[-1])]
-            for ours, theirs in zip([*gradients[:-1], *gradients[-1]], [*expected[:-1], *expected[-1]], strict=True):
-                assert torch.allclose(ours, theirs, atol=1e-5)
+        buffer.sample(batch)
+        pairs = [(critic_gradients(batch), eager.critic_gradients(batch))]
+        pairs += [(actor_gradients(batch), eager.actor_gradients(batch))]
+        for ours, theirs in pairs:
+            flat = [*ours[:-1], *ours[-1]]
+            expected = [*theirs[:-1], *theirs[-1]]
+            for one, two in zip(flat, expected, strict=True):
+                assert torch.allclose(one, two, atol=1e-5)
         agent.update_critic(batch)
         agent.update_actor(batch)
         eager.load_state_dict(agent.state_dict())
-    for layer in agent.online_layers:
-        assert torch.equal(layer.weight, layer.weight * layer.mask)
 
 
-# --- CUDA -------------------------------------------------------------------------------------------------------------
-def test_updates_read_no_values_and_stay_on_their_device(monkeypatch):
-    monkeypatch.setattr(topology, "apply_masks", lambda layers, targets: None)  # only between updates, may read
+# --- CUDA ---------------------------------------------------------------------
+def test_updates_read_no_values_and_stay_on_their_device():
     meta = torch.device("meta")
     with meta:
-        agent = ne.Agent(ne.Args(ne_actor=False, ne_critic=False), 4, 2, ne_seed=1, device=meta)
-        obs, obs_actions, noise, column = torch.empty(8, 4), torch.empty(8, 6), torch.empty(8, 2), torch.empty(8)
-    batch = ne.Batch(obs, obs_actions, obs, column, column, noise)
+        args = ne.Args(ne_actor=False, ne_critic=False)
+        agent = ne.Agent(args, 4, 2, ne_seed=1, device=meta)
+        obs = torch.empty(8, 4)
+        column = torch.empty(8)
+        rows = torch.empty(8, 12)
+        batch = ne.Batch(rows, obs, torch.empty(8, 6), obs, column, column, torch.empty(8, 2))
     for clipped in (False, True):
-        for layer in agent.online_layers:
+        for layer in online_layers(agent):
             layer.clipped = clipped
         helpers.assert_updates_read_no_values(agent, batch, reads="noise")
 
 
 def test_what_a_graph_reads_and_writes_stays_where_it_is():
     agent, buffer = make_agent()
+    batch = buffer.new_batch(64)
 
     def addresses() -> list[int]:
-        moments = [t for adam in agent.optimizers.values() for state in adam.state.values() for t in state.values()]
-        return [t.data_ptr() for t in (*agent.state_dict().values(), *moments, *buffer.batch)]
+        tensors = [t for t in agent.state_dict().values() if torch.is_tensor(t)]
+        for network in agent.networks.values():
+            for state in network.optimizer.state.values():
+                tensors += state.values()
+        return [t.data_ptr() for t in (*tensors, *batch)]
 
     before = addresses()
     silence_some(agent)
-    train(agent, buffer, 40, rounds=4)
-    topology.redo(agent.mlps, agent.hidden(buffer.sample()), 0.1, agent.optimizers, agent.ne_rng)
-    topology.reset(agent.mlps, agent.targets, agent.optimizers, agent.ne_rng)
-    train(agent, buffer, 10, rounds=1)
+    rounds = Rounds(agent)
+    rounds.train(agent, buffer, updates=40, rounds=4)
+    buffer.sample(batch)
+    ne.redo(agent.args, agent, batch)
+    ne.reset(agent)
+    rounds.train(agent, buffer, updates=10, rounds=1)
+    agent.load_state_dict(copy.deepcopy(agent.state_dict()))
     assert addresses() == before
 
 
 def test_a_graph_is_captured_once_after_three_plain_updates(monkeypatch):
-    """The order of calls, with stand-ins for CUDA: what is recorded runs again at every replay."""
+    """The order of calls, with stand-ins for CUDA: what is recorded runs at every replay."""
     calls = []
 
     class Graph:
@@ -436,11 +652,15 @@ def test_a_graph_is_captured_once_after_three_plain_updates(monkeypatch):
         calls.append("capture")
         yield
 
+    def update(batch):
+        calls.append("update")
+        return len(calls)
+
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    update = ne.CudaGraph(lambda batch: calls.append("update") or len(calls))
-    losses = [update(None) for _ in range(6)]
+    graph = ne.CudaGraph(update)
+    losses = [graph(None) for _ in range(6)]
     assert calls == ["update"] * 3 + ["capture", "update", "replay", "replay", "replay"]
     assert losses == [1, 2, 3, 5, 5, 5]  # the captured update's own tensors from then on
 
@@ -451,16 +671,25 @@ def test_cuda_graphs_agree_with_eager_over_200_updates_with_rounds_in_between():
     agents = []
     for graphs in (False, True):
         agent, buffer = make_agent(device="cuda")
+        batch = buffer.new_batch(64)
+        update_critic = agent.update_critic
+        update_actor = agent.update_actor
         if graphs:
-            agent.update_critic, agent.update_actor = (
-                ne.CudaGraph(agent.update_critic),
-                ne.CudaGraph(agent.update_actor),
-            )
-        train(agent, buffer, 200, rounds=4)
+            update_critic = ne.CudaGraph(update_critic)
+            update_actor = ne.CudaGraph(update_actor)
+        rounds = Rounds(agent)
+        for update in range(1, 201):
+            buffer.sample(batch)
+            update_critic(batch)
+            if update % 2 == 0:
+                update_actor(batch)
+            if update % 50 == 0:
+                rounds(agent, sample(buffer, rng=agent.ne_rng), step=update)
         agents.append(agent)
-    for (name, eager), graph in zip(agents[0].state_dict().items(), agents[1].state_dict().values(), strict=True):
+    graph = agents[1].state_dict()
+    for name, eager in agents[0].state_dict().items():
         if torch.is_tensor(eager):
-            assert torch.allclose(eager.float(), graph.float(), atol=1e-4), name
+            assert torch.allclose(eager.float(), graph[name].float(), atol=1e-4), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -469,6 +698,6 @@ def test_cuda_follows_the_cpu():
     for device in ("cpu", "cuda"):
         agent, buffer = make_agent(device=device, prune=False)
         buffer.rng = torch.Generator().manual_seed(2)  # the same batches
-        train(agent, buffer, 20)
+        helpers.train(agent, buffer, 20)
         results.append(agent.actor.act([0.1, 0.2, 0.3, 0.4]))
     assert results[0] == pytest.approx(results[1], abs=1e-3)

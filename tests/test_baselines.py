@@ -1,6 +1,8 @@
 """The rivals of NE on TD3: what each changes, and nothing else."""
 
+import copy
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,14 +11,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ne_td3_continuous as ne
-import td3_continuous as td3
 import utils_topology as topology
+from baselines import td3_continuous as td3
 from helpers import (
+    assert_equal,
     assert_moments_forgotten,
     assert_updates_read_no_values,
     equal,
     make_agent,
+    none_equal,
     redone,
+    sample,
     silence_some,
     train,
     values,
@@ -27,39 +32,74 @@ CPU = torch.device("cpu")
 
 
 def networks(agent) -> list[td3.MLP]:
-    return [agent.actor, *agent.critic]
+    return [agent.actor, agent.critic_1, agent.critic_2]
 
 
 def targets(agent) -> list[td3.MLP]:
-    return [agent.target_actor, *agent.target_critic]
+    return [agent.target_actor, agent.target_critic_1, agent.target_critic_2]
 
 
-# --- none -------------------------------------------------------------------------------------------------------------
+def learning(mlp: td3.MLP) -> list[torch.Tensor]:
+    """Copies of the weights and biases of the layers that learn."""
+    return values(mlp.layers)
+
+
+def adam_states(agent) -> list[dict]:
+    states = []
+    for network in agent.networks.values():
+        states += network.optimizer.state.values()
+    return states
+
+
+# --- none ---------------------------------------------------------------------
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_it_is_the_ne_script_without_ne_bit_for_bit(layer_norm):
-    ours, our_buffer = make_agent(td3, method="layer-norm" if layer_norm else "none")
-    theirs, their_buffer = make_agent(ne, initial_density=1.0, review_floor=1.0, layer_norm=layer_norm)
-    for agent, buffer in ((ours, our_buffer), (theirs, their_buffer)):
-        train(agent, buffer, 40)
+    method = "layer-norm" if layer_norm else "none"
+    ours, our_buffer = make_agent(td3, method=method)
+    without_ne = {"initial_density": 1.0, "review_floor": 1.0}
+    theirs, their_buffer = make_agent(ne, layer_norm=layer_norm, **without_ne)
+    train(ours, our_buffer, 40)
+    train(theirs, their_buffer, 40)
     assert equal(values(ours), values(theirs))
-    for name, adam in ours.optimizers.items():
-        states = zip(adam.state.values(), theirs.optimizers[name].state.values(), strict=True)
-        assert all(torch.equal(one[key], two[key]) for one, two in states for key in ("step", "exp_avg", "exp_avg_sq"))
+    for name, network in ours.networks.items():
+        one = list(network.optimizer.state.values())
+        two = list(theirs.networks[name].optimizer.state.values())
+        assert len(one) > 0
+        assert_equal(one, two)
 
 
 @pytest.mark.parametrize("silent", [False, True])
-def test_metrics_are_those_of_the_ne_script(silent):
+def test_a_row_is_that_of_the_ne_script(silent):
     agent, buffer = make_agent(td3)
+    without_ne, _ = make_agent(ne, initial_density=1.0)
     if silent:
         silence_some(agent)
-    for name, hidden in agent.hidden(buffer.sample()).items():
-        layers = [ne.MaskedLinear(2, 3)]
-        theirs = topology.metrics(f"ne/{name}", layers, sum(hidden, []))
-        assert td3.metrics(f"ne/{name}", sum(hidden, [])) == theirs
-        assert (theirs[f"ne/{name}/active_ratio"] < 0.7) == silent
+        silence_some(without_ne)
+    batch = sample(buffer)
+    ours = td3.measure(agent, batch, td3.Progress(), 7)
+    theirs = ne.measure(without_ne, batch, ne.Progress.of(without_ne), 7)
+    assert list(ours) == list(theirs)
+    assert str(ours) == str(theirs)  # NaN is not equal to itself
+    assert (ours["ne/critic/active_ratio"] < 0.7) == silent
 
 
-# --- layer-norm -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["none", "injection"])
+def test_a_deep_copy_trains_itself_and_its_own_targets(method):
+    agent, buffer = make_agent(td3, method=method)
+    train(agent, buffer, 4)
+    if method == "injection":
+        td3.inject(agent)
+    start = values(agent)
+    twin = copy.deepcopy(agent)
+    train(twin, buffer, 4)
+    assert equal(values(agent), start)
+    for mlp, old in zip(targets(twin), targets(agent), strict=True):
+        assert none_equal(learning(mlp), learning(old))
+    train(agent, make_agent(td3)[1], 4)
+    assert not equal(values(agent), start)
+
+
+# --- layer-norm ---------------------------------------------------------------
 @pytest.mark.parametrize("method", ["none", "layer-norm"])
 def test_layer_norm_on_every_hidden_layer_and_none_on_the_output(method):
     agent, _ = make_agent(td3, method=method)
@@ -75,227 +115,447 @@ def test_layer_norm_on_every_hidden_layer_and_none_on_the_output(method):
         assert torch.equal(td3.MLP.forward(mlp, x), mlp.layers[-1](y))
 
 
-# --- redo -------------------------------------------------------------------------------------------------------------
-def after_redo(tau: float = 0.1):
-    agent, buffer = make_agent(td3, method="redo", redo_tau=tau)
+# --- redo, regrama ------------------------------------------------------------
+def chosen_by_gradient(agent, batch, tau: float) -> dict:
+    """{network: [[chosen (n,) of each hidden layer] of each MLP]}, computed by hand."""
+    chosen = {"actor": [], "critic": []}
+    for name, mlps in (("actor", [agent.actor]), ("critic", [agent.critic_1, agent.critic_2])):
+        for mlp in mlps:
+            layers = []
+            for gradient in gradients_by_hand(agent, mlp, batch):
+                magnitude = gradient.abs().mean(dim=0)
+                layers.append(magnitude / magnitude.mean() <= tau)
+            chosen[name].append(layers)
+    return chosen
+
+
+@torch.no_grad()
+def gradients_by_hand(agent, mlp: td3.MLP, batch) -> list[torch.Tensor]:
+    """Backpropagation to what enters each ReLU, [(B, n), ...]; every transition is an end."""
+    if mlp is agent.actor:
+        actions = agent.actor(batch.obs)
+        inputs = torch.cat((batch.obs, actions), dim=1)
+        slope = torch.full((len(actions), 1), -1 / len(actions))  # of minus the mean Q1
+        first = backwards(agent.critic_1, agent.critic_1.activations(inputs), slope)[0]
+        to_inputs = first @ agent.critic_1.layers[0].weight
+        to_actions = to_inputs[:, batch.obs.shape[1] :]
+        slope = to_actions * (1 - actions**2)
+        return backwards(mlp, mlp.activations(batch.obs), slope)
+    error = mlp(batch.obs_actions) - batch.rewards
+    slope = 2 * error[:, None] / len(error)  # of the mean squared error
+    return backwards(mlp, mlp.activations(batch.obs_actions), slope)
+
+
+def backwards(mlp: td3.MLP, hidden: list[torch.Tensor], slope: torch.Tensor):
+    gradients = []
+    for layer, h in zip(reversed(mlp.layers[1:]), reversed(hidden), strict=True):
+        slope = (slope @ layer.weight) * (h > 0)
+        gradients.insert(0, slope)
+    return gradients
+
+
+def ends_only(buffer):
+    """A batch in which every transition is an end: the critics' target is the reward."""
+    batch = sample(buffer)
+    batch.terminated.fill_(1.0)
+    return batch
+
+
+def started_anew(method: str, tau: float = 0.1):
+    """(agent before, agent after, which neurons), with every third neuron silent before."""
+    agent, buffer = make_agent(td3, method=method, redo_tau=tau, regrama_tau=tau)
     train(agent, buffer, 10)
-    return redone(td3.redo, agent, buffer.sample(), tau)
+    batch = ends_only(buffer)
+    if method == "redo":
+        return redone(td3.redo, agent, batch, tau)
+    silence_some(agent)
+    for state in adam_states(agent):
+        state["exp_avg"].fill_(1.0)
+        state["exp_avg_sq"].fill_(2.0)
+    before = copy.deepcopy(agent)
+    td3.regrama(agent, batch)
+    return before, agent, chosen_by_gradient(before, batch, tau)
 
 
+both = pytest.mark.parametrize("method", ["redo", "regrama"])
+
+
+@both
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.6])
-def test_redo_draws_incoming_weights_and_biases_anew_and_zeroes_outgoing_weights(tau):
-    before, after, dormant = after_redo(tau)
-    for _, old, new, outputs, inputs in walk(before, after, dormant):
-        assert not new.weight[:, inputs].any()  # 0 wins where a neuron is dormant at both ends
+def test_incoming_weights_and_biases_are_drawn_anew_and_outgoing_weights_are_0(method, tau):
+    before, after, which = started_anew(method, tau)
+    for _, old, new, outputs, inputs in walk(before, after, which):
+        assert not new.weight[:, inputs].any()  # 0 wins where a neuron is chosen at both ends
         drawn = new.weight[outputs][:, ~inputs]
-        assert (drawn != old.weight[outputs][:, ~inputs]).all()
         limit = new.in_features**-0.5
-        assert drawn.numel() == 0 or (drawn.abs() <= limit).all() and drawn.abs().max() > limit / 2
-        assert (new.bias[outputs].abs() <= limit).all() and (new.bias[outputs] != old.bias[outputs]).all()
+        assert (drawn != old.weight[outputs][:, ~inputs]).all()
+        assert (drawn.abs() <= limit).all()
+        if drawn.numel() > 0:
+            assert drawn.abs().max() > limit / 2
+        assert (new.bias[outputs].abs() <= limit).all()
+        assert (new.bias[outputs] != old.bias[outputs]).all()
         kept = ~outputs[:, None] & ~inputs
-        assert torch.equal(new.weight[kept], old.weight[kept]) and torch.equal(new.bias[~outputs], old.bias[~outputs])
+        assert torch.equal(new.weight[kept], old.weight[kept])
+        assert torch.equal(new.bias[~outputs], old.bias[~outputs])
 
 
-def test_redo_forgets_the_moments_of_what_it_changed_and_no_others():
-    before, after, dormant = after_redo()
-    for name, _, new, outputs, inputs in walk(before, after, dormant):
-        assert_moments_forgotten(after.optimizers[name], new, outputs, inputs)
+@both
+def test_the_moments_of_what_changed_are_forgotten_and_no_others(method):
+    before, after, which = started_anew(method)
+    for name, _, new, outputs, inputs in walk(before, after, which):
+        assert_moments_forgotten(after.networks[name].optimizer, new, outputs, inputs)
 
 
-def test_redo_works_in_place_so_that_the_optimiser_trains_what_it_drew():
-    agent, buffer = make_agent(td3, method="redo")
+@both
+def test_it_works_in_place_so_that_the_optimiser_trains_what_was_drawn(method):
+    agent, buffer = make_agent(td3, method=method)
     silence_some(agent)
     addresses = [p.data_ptr() for p in agent.parameters()]
-    td3.redo(agent, buffer.sample())
+    act = getattr(td3, method)
+    act(agent, sample(buffer))
     assert addresses == [p.data_ptr() for p in agent.parameters()]
     before = [values(mlp) for mlp in networks(agent)]
     train(agent, buffer, 2)
     for mlp, old in zip(networks(agent), before, strict=True):
-        for p, start in zip(mlp.parameters(), old, strict=True):
-            assert not torch.equal(p, start)
-        outgoing = mlp.layers[1].weight[:, ::3]  # 0 after ReDo; what feeds it is alive again, so it has a gradient
+        assert none_equal(values(mlp), old)
+        # 0 before; what feeds it is alive again, so it has a gradient
+        outgoing = mlp.layers[1].weight[:, ::3]
         assert outgoing.count_nonzero() > outgoing.numel() / 2
 
 
-def test_redo_leaves_the_targets():
-    before, after, _ = after_redo()
+@both
+def test_the_targets_stay(method):
+    before, after, _ = started_anew(method)
     for old, new in zip(targets(before), targets(after), strict=True):
         assert equal(values(old), values(new))
 
 
-# --- reset ------------------------------------------------------------------------------------------------------------
+@both
+def test_what_is_drawn_shifts_neither_batches_nor_the_global_generator(method):
+    agent, buffer = make_agent(td3, method=method)
+    batch = sample(buffer)
+    silence_some(agent)
+    global_state = torch.get_rng_state()
+    batches = buffer.rng.get_state()
+    getattr(td3, method)(agent, batch)
+    assert torch.equal(torch.get_rng_state(), global_state)
+    assert torch.equal(buffer.rng.get_state(), batches)
+
+
+def test_the_gradient_score_by_hand():
+    """Two hidden layers, of actor and critics, by backpropagation written out."""
+    agent, buffer = make_agent(td3, actor_hidden=(5, 4), critic_hidden=(6, 3))
+    train(agent, buffer, 4)
+    batch = ends_only(buffer)
+    losses = {agent.actor: agent.actor_loss}
+    for critic in (agent.critic_1, agent.critic_2):
+        losses[critic] = lambda batch: agent.critic_loss(batch)[0]
+    for mlp, loss_of in losses.items():
+        ours = td3.neuron_gradients(mlp, loss_of, batch)
+        by_hand = gradients_by_hand(agent, mlp, batch)
+        assert [g.shape for g in ours] == [(64, layer.out_features) for layer in mlp.layers[:-1]]
+        for one, two in zip(ours, by_hand, strict=True):
+            assert two.any()
+            assert torch.allclose(one, two, rtol=1e-4, atol=1e-8)
+
+
+def test_the_layers_mean_is_what_a_score_is_relative_to(monkeypatch):
+    """Mean |gradient| of 1, 3, 0 and 12 in a layer: scores 0.25, 0.75, 0 and 3."""
+    agent, buffer = make_agent(td3, method="regrama", regrama_tau=0.25)
+    gradient = torch.tensor([[1.0, -6.0, 0.0, 12.0], [-1.0, 0.0, 0.0, -12.0]])
+    chosen = []
+    monkeypatch.setattr(td3, "neuron_gradients", lambda *args: [gradient])
+    monkeypatch.setattr(td3, "start_anew", lambda mlp, which, *rest: chosen.append(which[0]))
+    td3.regrama(agent, sample(buffer))
+    assert [which.tolist() for which in chosen] == [[True, False, True, False]] * 3
+
+
+def test_regrama_finds_an_active_neuron_that_cannot_learn_and_redo_does_not():
+    """Nothing leaves the neuron, so it has activations and no gradient."""
+    found = {}
+    for method in ("redo", "regrama"):
+        agent, buffer = make_agent(td3, method=method, redo_tau=0.0, regrama_tau=0.0)
+        with torch.no_grad():
+            agent.critic_1.layers[0].bias[7] = 1.0
+            agent.critic_1.layers[1].weight[:, 7] = 0.0
+        old = agent.critic_1.layers[0].weight[7].clone()
+        getattr(td3, method)(agent, sample(buffer))
+        found[method] = not torch.equal(agent.critic_1.layers[0].weight[7], old)
+    assert found == {"redo": False, "regrama": True}
+
+
+def test_regrama_leaves_no_hooks_and_no_gradients():
+    agent, buffer = make_agent(td3, method="regrama")
+    td3.regrama(agent, sample(buffer))
+    for module in agent.modules():
+        assert len(module._forward_hooks) == 0
+    assert all(p.grad is None for p in agent.parameters())
+
+
+# --- reset --------------------------------------------------------------------
 def test_reset_starts_networks_targets_and_adam_anew_and_keeps_the_buffer():
     agent, buffer = make_agent(td3, method="reset")
     train(agent, buffer, 20)
-    data, position, size = buffer.data.clone(), buffer.position, buffer.size
-    before, addresses = values(agent), [p.data_ptr() for p in agent.parameters()]
+    buffer_before = copy.deepcopy(buffer.state_dict())
+    before = values(agent)
+    addresses = [p.data_ptr() for p in agent.parameters()]
     td3.reset(agent)
-    assert torch.equal(buffer.data, data) and (buffer.position, buffer.size) == (position, size)
+    assert_equal(buffer.state_dict(), buffer_before)
     assert addresses == [p.data_ptr() for p in agent.parameters()]
-    assert not any(torch.equal(p, old) for p, old in zip(agent.parameters(), before, strict=True))
+    assert none_equal(values(agent), before)
     for mlp, target in zip(networks(agent), targets(agent), strict=True):
         assert equal(values(mlp), values(target))
         for layer in mlp.layers:
             limit = layer.in_features**-0.5
-            assert limit / 2 < layer.weight.abs().max() <= limit and (layer.bias.abs() <= limit).all()
-    q1, q2 = agent.critic
-    assert not torch.equal(q1.layers[0].weight, q2.layers[0].weight)
-    for state in (state for adam in agent.optimizers.values() for state in adam.state.values()):
-        assert not any(x.any() for x in state.values())
+            assert limit / 2 < layer.weight.abs().max() <= limit
+            assert (layer.bias.abs() <= limit).all()
+    assert none_equal(values(agent.critic_1), values(agent.critic_2))
+    for state in adam_states(agent):
+        assert not any(value.any() for value in state.values())
     start = values(agent.actor)
     train(agent, buffer, 2)
-    assert not equal(values(agent.actor), start)
+    assert none_equal(values(agent.actor), start)
 
 
-# --- injection --------------------------------------------------------------------------------------------------------
+# --- injection ----------------------------------------------------------------
+def outputs(agent, batch) -> list[torch.Tensor]:
+    return [
+        agent.actor(batch.obs),
+        agent.target_actor(batch.obs),
+        agent.critic_1(batch.obs_actions),
+        agent.critic_2(batch.obs_actions),
+        agent.target_critic_1(batch.obs_actions),
+        agent.target_critic_2(batch.obs_actions),
+    ]
+
+
 def test_injection_leaves_every_output_as_it_was():
     agent, buffer = make_agent(td3, method="injection")
-    for mlp in networks(agent):  # new weights, not those the network itself started from
-        assert not any(torch.equal(a.weight, b.weight) for a, b in zip(mlp.fresh.layers, mlp.layers, strict=True))
     train(agent, buffer, 20)
-    batch = buffer.sample()
-    actions, q = agent.actor(batch.obs), [critic(batch.obs_actions) for critic in agent.critic]
-    target_actions = agent.target_actor(batch.obs)
+    before = outputs(agent, sample(buffer))
+    batch = sample(buffer)
+    before = outputs(agent, batch)
+    theta = [learning(mlp) for mlp in networks(agent) + targets(agent)]
     td3.inject(agent)
-    assert torch.equal(agent.actor(batch.obs), actions) and torch.equal(agent.target_actor(batch.obs), target_actions)
-    assert all(torch.equal(critic(batch.obs_actions), old) for critic, old in zip(agent.critic, q, strict=True))
+    assert equal(outputs(agent, batch), before)
+    for mlp, old in zip(networks(agent) + targets(agent), theta, strict=True):
+        assert equal(values(mlp.frozen), old)
+        assert none_equal(learning(mlp), old)  # new weights
+        assert equal(learning(mlp), values(mlp.copied))
+    for mlp, target in zip(networks(agent), targets(agent), strict=True):
+        assert equal(learning(mlp), learning(target))
+        assert none_equal(values(mlp.frozen), values(target.frozen))  # a lagged theta
 
 
 def test_before_injection_it_is_td3_bit_for_bit():
     ours, our_buffer = make_agent(td3, method="injection")
     theirs, their_buffer = make_agent(td3, method="none")
-    for agent, buffer in ((ours, our_buffer), (theirs, their_buffer)):
-        train(agent, buffer, 40)
-    for one, two in zip(networks(ours) + targets(ours), networks(theirs) + targets(theirs), strict=True):
-        assert equal(values(one.layers), values(two))
+    train(ours, our_buffer, 40)
+    train(theirs, their_buffer, 40)
+    pairs = zip(networks(ours) + targets(ours), networks(theirs) + targets(theirs), strict=True)
+    for one, two in pairs:
+        assert equal(learning(one), learning(two))
 
 
 def test_after_injection_only_the_fresh_networks_learn():
     agent, buffer = make_agent(td3, method="injection")
     train(agent, buffer, 20)
-    lag = [abs(a - b).max() for a, b in zip(agent.online, agent.targets, strict=True)]
     td3.inject(agent)
-    steps = {name: [float(state["step"]) for state in adam.state.values()] for name, adam in agent.optimizers.items()}
-    start = [(values(mlp.layers), values(mlp.fresh), values(mlp.copied)) for mlp in networks(agent)]
+    start = copy.deepcopy(agent)
+    for state in adam_states(agent):
+        assert not any(value.any() for value in state.values())
     train(agent, buffer, 20)
-    for mlp, (theta, fresh, copied) in zip(networks(agent), start, strict=True):
-        assert equal(values(mlp.layers), theta) and equal(values(mlp.copied), copied)
-        assert not any(torch.equal(p, old) for p, old in zip(mlp.fresh.parameters(), fresh, strict=True))
-    for name, adam in agent.optimizers.items():  # Adam keeps what it had, and starts anew for what is new
+    for mlp, old in zip(networks(agent), networks(start), strict=True):
+        assert equal(values(mlp.frozen), values(old.frozen))
+        assert equal(values(mlp.copied), values(old.copied))
+        assert none_equal(learning(mlp), learning(old))
+    for name, network in agent.networks.items():
         taken = 10 if name == "actor" else 20
-        fresh = {id(p) for mlp in agent.mlps[name] for p in mlp.parameters()}
-        for (p, state), before in zip(adam.state.items(), steps[name], strict=True):
-            assert (before, float(state["step"])) == ((0, taken) if id(p) in fresh else (before, before))
-        assert sorted(set(steps[name])) == [0, taken]
-    now = [abs(a - b).max() for a, b in zip(agent.online, agent.targets, strict=True)]
-    theta = [
-        i
-        for i, p in enumerate(agent.online)
-        if any(p.data_ptr() == q.data_ptr() for m in networks(agent) for q in m.layers.parameters())
-    ]
-    assert theta and all(0 < now[i] < lag[i] for i in theta)  # the targets' theta goes on towards the frozen one
+        trained = {id(p) for p in network.optimizer.param_groups[0]["params"]}
+        fresh = {id(p) for mlp in network.mlps for p in mlp.layers.parameters()}
+        assert trained == fresh
+        assert all(state["step"] == taken for state in network.optimizer.state.values())
+
+
+def test_after_injection_the_targets_follow():
+    """Their theta goes on towards the frozen one; theta_1 follows, theta_2 is the same."""
+    agent, buffer = make_agent(td3, method="injection")
+    train(agent, buffer, 20)
+    td3.inject(agent)
+
+    def lags() -> list[float]:
+        found = []
+        for mlp, target in zip(networks(agent), targets(agent), strict=True):
+            for p, target_p in zip(values(mlp.frozen), values(target.frozen), strict=True):
+                found.append(float((p - target_p).abs().max()))
+        return found
+
+    before = lags()
+    start = [learning(target) for target in targets(agent)]
+    train(agent, buffer, 20)
+    for now, earlier in zip(lags(), before, strict=True):
+        assert 0 < now < earlier
+    for mlp, target, old in zip(networks(agent), targets(agent), start, strict=True):
+        assert none_equal(learning(target), old)
+        assert none_equal(learning(target), learning(mlp))
+        assert equal(values(mlp.copied), values(target.copied))
 
 
 def test_the_injected_actor_adds_before_the_tanh():
     agent, buffer = make_agent(td3, method="injection")
     td3.inject(agent)
     train(agent, buffer, 20)
-    obs = buffer.sample().obs
+    obs = sample(buffer).obs
 
-    def by_hand(mlp: td3.MLP, x: torch.Tensor) -> torch.Tensor:
-        for layer in mlp.layers[:-1]:
+    def by_hand(layers: nn.ModuleList) -> torch.Tensor:
+        x = obs
+        for layer in layers[:-1]:
             x = F.relu(F.linear(x, layer.weight, layer.bias))
-        return F.linear(x, mlp.layers[-1].weight, mlp.layers[-1].bias)
+        return F.linear(x, layers[-1].weight, layers[-1].bias)
 
     for actor in (agent.actor, agent.target_actor):
-        expected = torch.tanh(by_hand(actor, obs) + by_hand(actor.fresh, obs) - by_hand(actor.copied, obs))
+        theta = by_hand(actor.frozen)
+        expected = torch.tanh(theta + by_hand(actor.layers) - by_hand(actor.copied))
         assert torch.allclose(actor(obs), expected, atol=1e-6)
-        assert not torch.allclose(actor(obs), torch.tanh(by_hand(actor, obs)), atol=1e-6)
+        assert not torch.allclose(actor(obs), torch.tanh(theta), atol=1e-6)
     assert not torch.allclose(agent.actor(obs), agent.target_actor(obs), atol=1e-6)
 
 
 def test_active_ratios_after_injection_are_those_of_what_learns():
     agent, buffer = make_agent(td3, method="injection")
-    batch = buffer.sample()
+    train(agent, buffer, 4)
+    batch = sample(buffer)
+    before = agent.networks["critic"].hidden(batch)
     td3.inject(agent)
-    hidden = agent.hidden(batch)
-    assert torch.equal(hidden["actor"][0][0], agent.actor.fresh.activations(batch.obs)[0])
-    assert torch.equal(hidden["critic"][1][1], agent.critic[1].fresh.activations(batch.obs_actions)[1])
+    hidden = agent.networks["critic"].hidden(batch)
+    assert none_equal(hidden, before)
+    layer = agent.critic_1.layers[0]
+    assert torch.equal(hidden[0], F.relu(layer(batch.obs_actions)))
 
 
-# --- recency ----------------------------------------------------------------------------------------------------------
+def test_a_state_dict_says_whether_there_was_an_injection():
+    agent, buffer = make_agent(td3, method="injection")
+    batch = sample(buffer)
+    plain = copy.deepcopy(agent.state_dict())
+    td3.inject(agent)
+    train(agent, buffer, 4)
+    injected = copy.deepcopy(agent.state_dict())
+    other, _ = make_agent(td3, method="injection")
+    other.load_state_dict(injected)
+    assert equal(outputs(other, batch), outputs(agent, batch))
+    other.load_state_dict(plain)
+    assert equal(outputs(other, batch), outputs(make_agent(td3)[0], batch))
+
+
+# --- recency ------------------------------------------------------------------
 @pytest.mark.parametrize(("capacity", "added"), [(1000, 400), (300, 300), (300, 740)])
 def test_rows_are_drawn_by_their_age(capacity, added):
-    """Also when the ring is full and has wrapped. Row i was added at step i; its observation says so."""
-    buffer = td3.ReplayBuffer(capacity, 1, 1, 100_000, seed=0, device=CPU)
+    """Also when the ring is full and has wrapped. A row's observation is when it was added."""
+    buffer = td3.ReplayBuffer(capacity, 1, 1, 0, CPU)
     for step in range(added):
         buffer.add(np.float32([step]), np.float32([0]), np.float32([0]), 0.0, False)
     weights = np.maximum(0.1, 1 - np.arange(capacity) / 200)
-    batch = buffer.sample(torch.from_numpy(weights).cumsum(0))
+    batch = buffer.new_batch(100_000)
+    td3.sample_recent(buffer, batch, torch.from_numpy(weights).cumsum(0))
     ages = added - 1 - batch.obs[:, 0].numpy().astype(int)
     size = min(added, capacity)
-    assert ages.min() == 0 and ages.max() == size - 1
+    assert ages.min() == 0
+    assert ages.max() == size - 1
     share = np.bincount(ages, minlength=size) / len(ages)
     expected = weights[:size] / weights[:size].sum()
     assert (np.abs(share - expected) < 5.5 * np.sqrt(expected / len(ages))).all()
+    assert abs(float(batch.noise.mean())) < 0.02
+    assert abs(float(batch.noise.std()) - 1) < 0.02
 
 
-def test_the_weights_of_a_run(monkeypatch, tmp_path):
-    """max(0.1, 1 - age / 80,000) by default, for training batches; those for logging stay uniform."""
-    seen, sample = [], td3.ReplayBuffer.sample
-    monkeypatch.setattr(td3.ReplayBuffer, "sample", lambda *a, **k: seen.append((a[1:], k)) or sample(*a, **k))
-    command = "--env-id Pendulum-v1 --method recency --total-timesteps 400 --learning-starts 390 --eval-frequency 200 "
-    command += f"--eval-episodes 1 --no-cuda --buffer-size 100000 --run-dir {tmp_path / 'run'}"
-    monkeypatch.setattr(sys, "argv", [td3.__file__, *command.split()])
-    td3.main()
-    training = [args[0] for args, _ in seen if args]
-    assert len(training) == 10 and all(not args for args, options in seen if options)
-    weights = np.diff(training[-1].numpy(), prepend=0.0)
-    assert np.allclose(
-        weights[[0, 1, 8_000, 40_000, 72_000, 72_001, 99_999]], [1, 1 - 1 / 80_000, 0.9, 0.5, 0.1, 0.1, 0.1]
+def test_the_weights_of_ages():
+    """max(0.1, 1 - age / 80,000) by default."""
+    args = td3.Args(method="recency", buffer_size=100_000)
+    weights = np.diff(td3.recency_weights(args, CPU).numpy(), prepend=0.0)
+    ages = [0, 1, 8_000, 40_000, 72_000, 72_001, 99_999]
+    assert np.allclose(weights[ages], [1, 1 - 1 / 80_000, 0.9, 0.5, 0.1, 0.1, 0.1])
+
+
+def test_training_batches_are_recent_and_those_for_logging_uniform(monkeypatch, tmp_path):
+    drawn = []
+    sample_recent = td3.sample_recent
+    uniform = td3.ReplayBuffer.sample
+
+    def count_recent(*args):
+        drawn.append("recent")
+        sample_recent(*args)
+
+    def count_uniform(*args, **options):
+        drawn.append("uniform")
+        uniform(*args, **options)
+
+    monkeypatch.setattr(td3, "sample_recent", count_recent)
+    monkeypatch.setattr(td3.ReplayBuffer, "sample", count_uniform)
+    command = (
+        "--env-id Pendulum-v1 --method recency --total-timesteps 400 --learning-starts 390 "
+        "--eval-frequency 200 --eval-episodes 1 --no-cuda --buffer-size 1000"
     )
-    assert [set(options) for args, options in seen if not args] == [{"rng"}] * 2
+    arguments = [td3.__file__, *command.split(), "--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    td3.main()
+    assert drawn.count("recent") == 10
+    assert drawn.count("uniform") == 2  # two rows
 
 
-def test_other_methods_draw_uniformly():
-    agent, buffer = make_agent(td3, method="redo")
-    theirs, their_buffer = make_agent(ne)
+def test_other_methods_draw_uniformly_the_batches_of_the_ne_script():
+    _, buffer = make_agent(td3, method="redo")
+    _, their_buffer = make_agent(ne)
     for _ in range(3):
-        ours = buffer.sample()
-        assert all(torch.equal(one, two) for one, two in zip(ours, their_buffer.sample(), strict=True))
+        assert equal(list(sample(buffer)), list(sample(their_buffer)))
 
 
-# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+# --- CUDA graphs --------------------------------------------------------------
 @pytest.mark.parametrize("method", ["none", "layer-norm", "injection"])
 def test_updates_read_no_values_and_stay_on_their_device(method):
     meta = torch.device("meta")
     with meta:
         agent = td3.Agent(td3.Args(method=method), 4, 2, device=meta)
-        obs, obs_actions, noise, column = torch.empty(8, 4), torch.empty(8, 6), torch.empty(8, 2), torch.empty(8)
-    if method == "injection":
-        td3.inject(agent)
-    batch = td3.Batch(obs, obs_actions, obs, column, column, noise)
+        buffer = SimpleNamespace(n_obs=4, n_act=2, data=torch.empty(9, 12))
+        batch = td3.ReplayBuffer.new_batch(buffer, 8)
+    for mlp in networks(agent) + targets(agent):
+        mlp.injected = method == "injection"
     assert_updates_read_no_values(agent, batch, reads="noise")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("method", ["reset", "redo", "injection"])
+@pytest.mark.parametrize("method", ["reset", "redo", "regrama", "injection"])
 def test_cuda_graphs_agree_with_eager_before_and_after_an_event(method):
     torch.cuda.set_stream(torch.cuda.Stream())
-    agents = []
-    for graphed in (lambda update: update, td3.CudaGraph):
-        agent, buffer = make_agent(td3, method=method, device="cuda")
-        update_critic, update_actor = graphed(agent.update_critic), graphed(agent.update_actor)
+    ends = []
+    for graphed in (False, True):
+        agent, buffer = make_agent(td3, method=method, device="cuda", cudagraphs=graphed)
+        batch = buffer.new_batch(64)
+        update_critic, update_actor = td3.fast_updates(agent.args, agent, batch)
         for update in range(1, 101):
-            batch = buffer.sample()
+            buffer.sample(batch)
             update_critic(batch)
             if update % 2 == 0:
                 update_actor(batch)
+            if update == 50 and method == "reset":
+                td3.reset(agent)
+            if update == 50 and method == "redo":
+                td3.redo(agent, batch)
+            if update == 50 and method == "regrama":
+                td3.regrama(agent, batch)
             if update == 50 and method == "injection":
                 td3.inject(agent)
-                update_critic, update_actor = graphed(agent.update_critic), graphed(agent.update_actor)
-            if update == 50 and method != "injection":
-                td3.reset(agent) if method == "reset" else td3.redo(agent, batch)
-        agents.append(agent)
-    for one, two in zip(*(values(agent) for agent in agents), strict=True):
+                update_critic, update_actor = td3.fast_updates(agent.args, agent, batch)
+        ends.append(values(agent))
+    for one, two in zip(*ends, strict=True):
         assert torch.allclose(one, two, atol=1e-5)
+
+
+# --- this module's own helper -------------------------------------------------
+def test_silent_neurons_are_dormant_by_either_score():
+    agent, buffer = make_agent(td3)
+    silence_some(agent)
+    batch = ends_only(buffer)
+    for layers in chosen_by_gradient(agent, batch, tau=0.0)["critic"]:
+        assert all(which[::3].all() for which in layers)
+    for h in agent.networks["critic"].hidden(batch):
+        assert (topology.dormancy_scores(h)[::3] == 0).all()

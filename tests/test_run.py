@@ -1,16 +1,21 @@
 """The script as its users run it: end to end, interrupted and resumed, and given bad input."""
 
+import io
 import json
 import os
+import pty
+import random
 import re
 import resource
+import runpy
+import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,364 +27,784 @@ from helpers import (
     REFUSED_TD3,
     SCRIPT,
     SMALL,
+    assert_equal,
     assert_equal_runs,
     assert_one_line,
     assert_refused,
+    bad_numbers,
     finish,
     in_process,
     kill_at,
     launch,
+    load,
     rows,
+    run_here,
+    signal_at,
+    words_of,
 )
+
+# Episodes of 20 steps. Updates from 101 on, rounds every 40 steps, rows every 90 (mostly
+# inside an episode), checkpoints every 100.
+RUN = (
+    "--env-id fake_task:Plain-v0 --total-timesteps 600 --learning-starts 100 "
+    "--actor-hidden 16 12 --critic-hidden 16 12 --batch-size 16 --learning-rate 3e-3 "
+    "--grow-interval 40 --review-interval 10 --eval-frequency 90 --eval-episodes 2 "
+    "--checkpoint-frequency 100 --buffer-size 400 --no-cuda "
+)
+EVALUATED = [90, 180, 270, 360, 450, 540, 600]
+# (signal, exit code)
+SIGNALS = [
+    (signal.SIGTERM, 0),
+    (signal.SIGINT, 130),
+    (signal.SIGHUP, 0),
+    (signal.SIGUSR1, 0),
+]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """The folder of a run that was never interrupted."""
+    """The folder of a run that was never interrupted, in a process of its own."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    code, out, err = finish(launch(f"{SMALL} --run-dir {folder}"))
+    code, out, err = finish(launch(f"{RUN} --run-dir {folder}"))
     assert code == 0, err
     (folder / "stdout").write_text(out)
     return folder
 
 
-# --- end to end -------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def at_addition(monkeypatch):
+    """Does something here while the run stores its n-th transition, counted from 1."""
+    add = ne.ReplayBuffer.add
+
+    def install(number: int, event) -> None:
+        additions = 0
+
+        def noted(*args):
+            nonlocal additions
+            additions += 1
+            if additions == number:
+                event()
+            add(*args)
+
+        monkeypatch.setattr(ne.ReplayBuffer, "add", noted)
+
+    yield install
+    monkeypatch.setattr(ne.ReplayBuffer, "add", add)
+
+
+# --- end to end ---------------------------------------------------------------
 def test_a_run_leaves_rows_events_arguments_and_a_checkpoint(whole):
     results = rows(whole)
-    assert [int(row["step"]) for row in results] == [500, 1000, 1500, 2000, 2500]
+    assert [int(row["step"]) for row in results] == EVALUATED
     for row in results:
-        assert -2000 < float(row["eval/return_mean"]) < 0  # Pendulum's range
-        for name in ("actor", "critic"):
-            assert 0 < float(row[f"ne/{name}/density"]) <= 1
-            assert float(row[f"ne/{name}/active_ratio"]) >= float(row[f"ne/{name}/active_ratio_0.1"])
+        assert 0 < float(row["eval/return_mean"]) < 20
+        assert 0 < float(row["charts/episodic_return"]) < 20
     for name in ("actor", "critic"):
+        for row in results:
+            assert float(row[f"ne/{name}/active_ratio"]) >= float(
+                row[f"ne/{name}/active_ratio_0.1"]
+            )
+            planned = int(row[f"ne/{name}/planned"])
+            grown = int(row[f"ne/{name}/grown"])
+            pruned = int(row[f"ne/{name}/pruned"])
+            assert 0 <= pruned <= 0.4 * grown
+            assert grown <= planned
         density = [float(row[f"ne/{name}/density"]) for row in results]
-        assert density == sorted(density) and 0.25 < density[0] < 0.8 < density[-1]
-        assert int(results[-1][f"ne/{name}/grown"]) > 0
-    assert 0.65 <= float(results[-1]["ne/review_epsilon"]) < 1 and float(results[-1]["ne/review_share"]) > 0
+        assert 0.2 < density[0] < 0.35
+        assert 0.6 < density[-1] <= 1
+    assert float(results[0]["losses/qf_loss"]) != float(results[0]["losses/qf_loss"])  # NaN
+    assert float(results[-1]["losses/qf_loss"]) > 0
+    assert 0.65 <= float(results[-1]["ne/review_epsilon"]) < 1
+    assert float(results[-1]["ne/review_share"]) > 0
 
     events = EventAccumulator(str(whole), size_guidance={"images": 0})
     events.Reload()
-    tags = events.Tags()
-    assert {"charts/episodic_return", "charts/SPS", "losses/qf_loss", "losses/actor_loss"} <= set(tags["scalars"])
-    assert {"eval/return_mean", "ne/critic/density", "ne/actor/pruned", "ne/review_epsilon"} <= set(tags["scalars"])
-    assert len(events.Images("masks/critic/1")) == 11  # rounds at 400, 600, ..., 2400
-    assert [e.step for e in events.Scalars("eval/return_mean")] == [500, 1000, 1500, 2000, 2500]
+    scalars = {"charts/episodic_return", "charts/episodic_length", "eval/return_mean"}
+    scalars |= {"losses/qf_loss", "ne/critic/density", "ne/actor/pruned", "ne/actor/planned"}
+    assert scalars | {"ne/review_epsilon"} <= set(events.Tags()["scalars"])
+    assert len(events.Images("masks/critic/1")) == 13  # the start; 120, 160, ..., 560
+    assert [e.step for e in events.Scalars("eval/return_mean")] == EVALUATED
 
-    assert json.loads((whole / "args.json").read_text())["batch_size"] == 32
-    content = torch.load(whole / "checkpoint.pt", weights_only=True)
-    assert content["run"]["step"] == 2500 and content["run"]["updates"] == 2200
+    assert json.loads((whole / "args.json").read_text())["batch_size"] == 16
+    content = load(whole)
+    assert (content["step"], content["finished"]) == (600, True)
+    assert content["parts"]["progress"]["updates"] == 500
+    assert "buffer" not in content["parts"]
 
 
 def test_it_says_what_will_happen_and_what_came_out(whole):
     out = (whole / "stdout").read_text()
-    assert "topology: actor and critics 25% -> 9" in out and "in 11 rounds" in out
-    assert re.search(r"return -\d+\.\d \+- \d+\.\d at \d+ steps per second", out)
-    assert re.search(r"critic density 9\d\.\d%, active ratio \d+\.\d%", out)
+    assert re.search(r"topology: 25% -> 9\d% in 12 rounds", out)
+    assert re.search(r"step 600: return \d+\.\d \+- \d+\.\d", out)
+    assert re.search(r"critic: density \d+\.\d%, active neurons \d+\.\d%", out)
 
 
-def test_a_checkpoint_can_be_evaluated(whole, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--evaluate", str(whole / "checkpoint.pt"), "--eval-episodes", "2"])
-    ne.main()
-    expected = f"Pendulum-v1, step 2500: return {float(rows(whole)[-1]['eval/return_mean']):.1f}"
-    assert expected in capsys.readouterr().out  # the same episodes as the last evaluation of the run
-
-
-def test_a_finished_run_is_left_alone(whole, monkeypatch, capsys):
+def test_a_finished_run_is_left_alone(whole, capsys):
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--resume", str(whole)])
-    ne.main()
+    assert run_here(f"--resume {whole}") == 0
     assert "is finished" in capsys.readouterr().out
     assert before == {path.name: path.read_bytes() for path in whole.iterdir()}
 
 
-# --- interrupted and resumed ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("setup", "saved"), [(kill_at(1730), 1200), (KILL_IN_SAVING, 600)])
+# --- interrupted and resumed --------------------------------------------------
+@pytest.mark.parametrize(("setup", "saved"), [(kill_at(387), 300), (KILL_IN_SAVING, 100)])
 def test_a_killed_run_resumes_exactly(whole, tmp_path, setup, saved):
     folder = tmp_path / "run"
-    code, _, _ = finish(launch(f"{SMALL} --run-dir {folder}", setup))
+    code, _, _ = finish(launch(f"{RUN} --run-dir {folder}", setup))
     assert code == -signal.SIGKILL
     assert (folder / "checkpoint.tmp").exists() == (setup is KILL_IN_SAVING)
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["run"]["step"] == saved
-    assert len(rows(folder)) > saved // 500  # rows that the resumed run redoes
-    code, _, err = finish(launch(f"--resume {folder}"))
-    assert code == 0, err
+    assert load(folder)["step"] == saved
+    assert len(rows(folder)) > saved // 90  # rows that the resumed run redoes
+    assert run_here(f"--resume {folder}") == 0
     assert_equal_runs(whole, folder)
     events = EventAccumulator(str(folder))
     events.Reload()
-    assert [e.step for e in events.Scalars("eval/return_mean")] == [500, 1000, 1500, 2000, 2500]
+    assert [e.step for e in events.Scalars("eval/return_mean")] == EVALUATED
 
 
-COUNT_RESETS = """
-import utils_topology
-for name in ("redo", "reset"):
-    def counted(*args, name=name, original=getattr(utils_topology, name)):
-        print("called:", name)
-        return original(*args)
-    setattr(utils_topology, name, counted)
-"""
-
-
-def test_redo_and_reset_come_when_due_and_resume_exactly(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = f"{SMALL} --redo-interval 50 --reset-interval 1250"
-    code, out, err = finish(launch(f"{flags} --run-dir {whole}", COUNT_RESETS))
-    assert code == 0, err
-    assert out.count("called: redo\n") == 2200 // 50
-    assert out.count("called: reset\n") == 1  # at 1250, not at the last step
-    code, _, _ = finish(launch(f"{flags} --run-dir {killed}", kill_at(1730)))
+@pytest.mark.slow
+@pytest.mark.parametrize("addition", [101, 119, 120, 121, 300, 320, 401, 599])
+def test_killed_at_any_step_it_resumes_exactly(whole, tmp_path, addition):
+    folder = tmp_path / "run"
+    code, _, _ = finish(launch(f"{RUN} --run-dir {folder}", kill_at(addition)))
     assert code == -signal.SIGKILL
-    code, _, err = finish(launch(f"--resume {killed}"))
-    assert code == 0, err
-    assert_equal_runs(whole, killed)
+    assert run_here(f"--resume {folder}") == 0
+    assert_equal_runs(whole, folder)
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_pendulum_resumes_exactly(tmp_path):
+    undisturbed = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    assert run_here(f"{SMALL} --run-dir {undisturbed}") == 0
+    code, _, _ = finish(launch(f"{SMALL} --run-dir {killed}", kill_at(1730)))
+    assert code == -signal.SIGKILL
+    assert run_here(f"--resume {killed}") == 0
+    assert_equal_runs(undisturbed, killed)
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_ends_the_episode_saves_and_resumes_exactly(
+    whole, tmp_path, at_addition, capfd, number, code
+):
+    """An evaluation falls due at 270 while the run stops: it is done by the resumed run."""
+    folder = tmp_path / "run"
+    at_addition(262, lambda: os.kill(os.getpid(), number))
+    assert run_here(f"{RUN} --run-dir {folder}") == code
+    assert load(folder)["step"] == 280
+    assert [int(row["step"]) for row in rows(folder)] == [90, 180]
+    printed = capfd.readouterr()
+    assert "finishing the episode" in printed.err
+    assert f"stopped at step 280; continue with: python {SCRIPT} --resume {folder}" in printed.out
+    assert run_here(f"--resume {folder}") == 0
+    assert_equal_runs(whole, folder)
+
+
+@pytest.mark.parametrize("ending", ["stopped", "finished", "failed"])
+def test_a_run_gives_the_signals_back(ending, tmp_path, at_addition):
+    events = {
+        "stopped": lambda: os.kill(os.getpid(), signal.SIGTERM),
+        "finished": lambda: None,
+        "failed": lambda: (tmp_path / "checkpoint.tmp").symlink_to("/dev/full"),
+    }
+    handlers = [signal.getsignal(number) for number, _ in SIGNALS]
+    at_addition(5, events[ending])
+    flags = RUN + "--total-timesteps 110 --checkpoint-frequency 20"
+    sys.argv = [str(SCRIPT), *words_of(f"{flags} --run-dir {tmp_path}")]
+    try:
+        ne.main()
+    except SystemExit as stop:
+        assert stop.code == {"stopped": 0, "failed": 1}[ending]
+    assert handlers == [signal.getsignal(number) for number, _ in SIGNALS]
+
+
+def test_stopped_again_and_again_with_evaluations_at_every_step(tmp_path, at_addition):
+    """Many are postponed at once; a run killed before its next checkpoint does them again."""
+    flags = RUN + "--total-timesteps 200 --eval-frequency 3 --eval-episodes 1"
+    undisturbed = tmp_path / "whole"
+    folder = tmp_path / "run"
+    assert run_here(f"{flags} --run-dir {undisturbed}") == 0
+    at_addition(102, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_here(f"{flags} --run-dir {folder}") == 0
+    assert load(folder)["step"] == 120
+    assert len(load(folder)["parts"]["progress"]["postponed"]) == 7  # 102, 105, ..., 120
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    for event in (interrupt, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        at_addition(7, event)
+        run_here(f"--resume {folder}")
+    assert load(folder)["step"] == 140
+    assert run_here(f"--resume {folder}") == 0
+    assert_equal_runs(undisturbed, folder)
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    folder = tmp_path / "run"
+    setup = signal_at(262, "SIGTERM", "SIGINT")
+    code, out, err = finish(launch(f"{RUN} --run-dir {folder}", setup))
+    assert code == 128 + signal.SIGINT
+    assert err.count("finishing the episode") == 1
+    assert "stopped" not in out
+    assert load(folder)["step"] == 200
+
+
+def test_a_closed_terminal(tmp_path):
+    """The kernel sends SIGHUP, and what is printed from then on fails."""
+    folder = tmp_path / "run"
+    terminal, theirs = pty.openpty()
+    flags = RUN.replace("Plain", "Slow")
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = launch(
+        f"{flags} --run-dir {folder}", preexec_fn=lambda: os.login_tty(theirs), **streams
+    )
+    os.close(theirs)
+    printed = b""
+    while b"return" not in printed:  # the first row
+        printed += os.read(terminal, 1_000)
+    os.close(terminal)
+    assert process.wait(timeout=120) == 0
+    content = load(folder)
+    assert not content["finished"]
+    assert content["step"] >= 100
+    assert content["step"] % 20 == 0
+    assert run_here(["--resume", str(folder)]) == 0
+
+
+def test_a_signal_in_the_last_episode_ends_the_run(whole, tmp_path, at_addition):
+    folder = tmp_path / "run"
+    at_addition(590, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_here(f"{RUN} --run-dir {folder}") == 0
+    assert_equal_runs(whole, folder)
+
+
+def test_a_stopping_run_whose_episode_does_not_end_is_bounded(tmp_path, at_addition):
+    folder = tmp_path / "run"
+    flags = RUN + "--env-id fake_task:Never-v0 --max-episode-steps 50"
+    at_addition(101, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_here(f"{flags} --run-dir {folder}") == 0
+    assert load(folder)["step"] == 150
+
+
+def test_redo_and_reset_come_when_due_and_resume_exactly(tmp_path, monkeypatch):
+    calls = []
+
+    def count(name: str) -> None:
+        function = getattr(ne, name)
+
+        def counted(*args):
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(ne, name, counted)
+
+    count("redo")
+    count("reset")
+    flags = RUN + "--redo-interval 30 --reset-interval 300"
+    undisturbed = tmp_path / "whole"
+    assert run_here(f"{flags} --run-dir {undisturbed}") == 0
+    assert calls.count("redo") == 500 // 30
+    assert calls.count("reset") == 1  # at 300, not at the last step
+    killed = tmp_path / "killed"
+    code, _, _ = finish(launch(f"{flags} --run-dir {killed}", kill_at(387)))
+    assert code == -signal.SIGKILL
+    assert run_here(f"--resume {killed}") == 0
+    assert_equal_runs(undisturbed, killed)
 
 
 @pytest.mark.slow
 def test_a_compiled_run_resumes_exactly(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, out, err = finish(launch(f"{SMALL} --compile --run-dir {whole}"))
-    assert code == 0 and "compiling" in out, err
-    code, _, _ = finish(launch(f"{SMALL} --compile --run-dir {killed}", kill_at(1730)))
-    assert code == -signal.SIGKILL and rows(killed)
+    undisturbed = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    code, _, err = finish(launch(f"{RUN} --compile --run-dir {undisturbed}"))
+    assert code == 0, err
+    code, _, _ = finish(launch(f"{RUN} --compile --run-dir {killed}", kill_at(387)))
+    assert code == -signal.SIGKILL
     code, _, err = finish(launch(f"--resume {killed}"))
     assert code == 0, err
-    assert_equal_runs(whole, killed)
+    assert_equal_runs(undisturbed, killed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_episode_saves_and_resumes_exactly(whole, tmp_path, number, code):
+# --- the script as a module ---------------------------------------------------
+class Notebook(io.TextIOBase):
+    """A stdout as in notebooks, without `reconfigure`."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def global_state() -> tuple:
+    handlers = [signal.getsignal(number) for number in range(1, signal.NSIG)]
+    return handlers, threading.excepthook, sys.excepthook, sys.stdout
+
+
+def test_importing_the_script_changes_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Notebook())
+    before = global_state()
+    runpy.run_path(str(SCRIPT), run_name="imported")
+    assert global_state() == before
+
+
+def test_main_runs_in_a_thread(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Notebook())
+    sys.argv = [str(SCRIPT), *words_of(f"{RUN} --run-dir {tmp_path / 'run'}")]
+    before = global_state()
+    thread = threading.Thread(target=ne.main)
+    thread.start()
+    thread.join(timeout=120)
+    assert not thread.is_alive()
+    assert global_state() == before
+    assert_equal_runs(whole, tmp_path / "run")
+
+
+# --- folders ------------------------------------------------------------------
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_start_that_failed_leaves_its_folder_usable(whole, tmp_path, at_addition, capsys):
     folder = tmp_path / "run"
-    process = launch(f"{SMALL} --run-dir {folder}")
-    deadline = time.time() + 120
-    while time.time() < deadline and not rows(folder):
-        time.sleep(0.05)
-    process.send_signal(number)
-    returned, out, err = finish(process)
-    assert returned == code, err
-    step = torch.load(folder / "checkpoint.pt", weights_only=True)["run"]["step"]
-    assert step % 200 == 0 and 500 <= step < 2500
-    assert "finishing the episode" in err and f"stopped at step {step}" in out and f"--resume {folder}" in out
-    returned, _, err = finish(launch(f"--resume {folder}"))
-    assert returned == 0, err
+    at_addition(5, interrupt)
+    assert run_here(f"{RUN} --run-dir {folder}") == 130
+    assert (folder / "args.json").exists()
+    code = run_here(f"--resume {folder}")
+    assert code == 1
+    assert_one_line(capsys.readouterr().err, "nothing to resume", str(folder))
+    assert run_here(f"{RUN} --run-dir {folder}") == 0
     assert_equal_runs(whole, folder)
 
 
-def test_resumed_twice_before_the_first_row_and_with_another_logging_flag(tmp_path):
-    """SIGTERM in the first episode of each process: the rows are those of a run that was never interrupted."""
-    folder, other = tmp_path / "run", tmp_path / "whole"
-    flags = "--env-id Pendulum-v1 --total-timesteps 1000 --eval-frequency 450 --eval-episodes 1 --no-cuda"
-    stop_at_once = "ne.ReplayBuffer.add = (lambda add: lambda *a: (os.kill(os.getpid(), signal.SIGTERM) "
-    stop_at_once += "if a[0].size % 200 == 50 else None, add(*a)))(ne.ReplayBuffer.add)"
-    for arguments, step in ((f"{flags} --run-dir {folder}", 200), (f"--resume {folder} --no-cudagraphs", 400)):
-        code, out, err = finish(launch(arguments, stop_at_once))
-        assert code == 0 and f"stopped at step {step}" in out, err
-    for arguments in (f"--resume {folder}", f"{flags} --run-dir {other}"):
-        code, _, err = finish(launch(arguments))
-        assert code == 0, err
-    assert_equal_runs(other, folder)
+def test_folders_that_cannot_be_used(whole, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    flags = f"{RUN} --run-dir {tmp_path / 'file' / 'run'}"
+    code, err = in_process(monkeypatch, capsys, flags)
+    assert code == 2
+    assert_one_line(err, "--run-dir must be a folder that can be written")
+    code, err = in_process(monkeypatch, capsys, f"{RUN} --run-dir {whole}")
+    assert code == 2
+    assert_one_line(err, "--run-dir must be a new folder", f"--resume {whole}")
+    (tmp_path / "rows").mkdir()
+    shutil.copy(whole / "results.csv", tmp_path / "rows")
+    code, err = in_process(monkeypatch, capsys, f"{RUN} --run-dir {tmp_path / 'rows'}")
+    assert code == 2
+    assert_one_line(err, "--run-dir must be a new folder")
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(whole, tmp_path):
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    began = time.perf_counter()
+    monkeypatch.setattr(time, "time", lambda: 1e9 + (time.perf_counter() - began) / 1_000)
+    for _ in range(3):
+        assert run_here(RUN + "--total-timesteps 40") == 0
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert len(folders) == 3
+    assert all(name.endswith(("1000000000", "_2", "_3")) for name in folders)
+    for folder in folders:
+        assert len(rows(tmp_path / "runs" / folder)) == 1
+
+
+def test_a_folder_with_spaces_is_quoted_in_the_printed_command(
+    whole, tmp_path, at_addition, capsys
+):
+    folder = tmp_path / "a run; of mine"
+    at_addition(262, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_here([*words_of(RUN), "--run-dir", str(folder)]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "continue with" in line]
+    command = shlex.split(line.split("continue with: ")[1])
+    assert command == ["python", str(SCRIPT), "--resume", str(folder)]
+    assert run_here(command[2:]) == 0
+    assert_equal_runs(whole, folder)
+
+
+# --- disks and numbers --------------------------------------------------------
+def test_a_full_disk_keeps_the_checkpoint_before(whole, tmp_path, at_addition, capsys):
+    """/dev/full in place of the temporary file."""
     folder = tmp_path / "run"
-    limit = None
+    at_addition(250, lambda: (folder / "checkpoint.tmp").symlink_to("/dev/full"))
+    assert run_here(f"{RUN} --run-dir {folder}") == 1
+    kept = f"--resume {folder} continues from step 200"
+    err = capsys.readouterr().err
+    assert_one_line(err, "cannot write a checkpoint", "No space left", "step 300", kept)
+    assert not (folder / "checkpoint.tmp").is_symlink()
+    assert run_here(f"--resume {folder}") == 0
+    assert_equal_runs(whole, folder)
+
+
+def test_a_file_that_may_not_grow_keeps_the_checkpoint_before(whole, tmp_path):
+    folder = tmp_path / "run"
+    # a finished run's checkpoint has no replay buffer; less than 5 kB for its
+    # generator, the rest for rows of 32 bytes
+    limit = (whole / "checkpoint.pt").stat().st_size + 10_000
 
     def no_larger_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    finish(launch(f"{SMALL} --run-dir {tmp_path / 'first'}", KILL_IN_SAVING))
-    limit = (tmp_path / "first" / "checkpoint.pt").stat().st_size + 5_000  # the second checkpoint is larger
-    code, _, err = finish(launch(f"{SMALL} --run-dir {folder}", preexec_fn=no_larger_files))
+    flags = f"{RUN} --checkpoint-frequency 20 --run-dir {folder}"
+    code, _, err = finish(launch(flags, preexec_fn=no_larger_files))
     assert code == 1
-    assert_one_line(err, "cannot write checkpoint", str(folder), "--resume")
+    assert_one_line(err, "cannot write", "File too large", str(folder))
     assert not (folder / "checkpoint.tmp").exists()
-    code, _, err = finish(launch(f"--resume {folder}"))
-    assert code == 0, err
+    assert run_here(f"--resume {folder}") == 0
     assert_equal_runs(whole, folder)
 
 
-def test_a_nan_stops_the_run_and_keeps_the_good_checkpoint(tmp_path, monkeypatch, capsys):
-    folder, add = tmp_path / "run", ne.ReplayBuffer.add
+def test_a_row_that_cannot_be_written(whole, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    fsync = os.fsync
 
-    def add_nan(buffer, obs, action, next_obs, reward, terminated):
-        add(buffer, obs, action, next_obs, float("nan") if buffer.size == 1000 else reward, terminated)
+    def full(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("results.csv"):
+            if len(rows(folder)) == 4:
+                raise OSError(28, "No space left on device")
+        fsync(descriptor)
 
-    monkeypatch.setattr(ne.ReplayBuffer, "add", add_nan)
-    code, err = in_process(monkeypatch, capsys, f"{SMALL} --run-dir {folder}")
-    assert code == 1
-    assert_one_line(err, "NaN", "the checkpoint of step 600 is kept", str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert run_here(f"{RUN} --run-dir {folder}") == 1
+    assert_one_line(capsys.readouterr().err, "cannot write", "No space left", "--resume")
+    assert run_here(f"--resume {folder}") == 0
+    assert_equal_runs(whole, folder)
+
+
+def test_a_nan_in_the_networks_stops_the_run_and_keeps_the_good_checkpoint(
+    tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    update_critic = ne.Agent.update_critic
+    calls = []
+
+    def spoilt(agent, batch):
+        calls.append(None)
+        if len(calls) == 130:
+            agent.critic_1.layers[0].bias.data[0] = float("nan")
+        return update_critic(agent, batch)
+
+    monkeypatch.setattr(ne.Agent, "update_critic", spoilt)
+    assert run_here(f"{RUN} --run-dir {folder}") == 1
+    err = capsys.readouterr().err
+    assert_one_line(err, "NaN", f"--resume {folder} continues from step 200")
     step = int(re.search(r"at step (\d+)", err).group(1))
-    assert 1001 < step < 1200
-    agent = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]
-    assert all(torch.isfinite(value).all() for key, value in agent.items() if key.endswith("weight"))
+    assert 230 <= step <= 270  # the next evaluation at the latest
+    for key, value in load(folder)["parts"]["agent"].items():
+        if key.endswith(("weight", "bias")):
+            assert value.isfinite().all()
 
 
-# --- refused ----------------------------------------------------------------------------------------------------------
+def test_an_agent_larger_than_memory(tmp_path, monkeypatch, capsys):
+    flags = f"{RUN} --run-dir {tmp_path / 'run'} --buffer-size 1000000000 --env-id Humanoid-v5"
+    code, err = in_process(monkeypatch, capsys, flags)
+    assert code == 1
+    assert_one_line(err, "fit in memory")
+    assert not (tmp_path / "run").exists()
+
+
+# --- refused ------------------------------------------------------------------
 REFUSED = [
     ("--env-id HalfCheeta-v5", "HalfCheetah"),
-    ("--env-id CartPole-v1", "flat Box actions"),
-    ("--env-id Blackjack-v1", "flat Box observations"),
-    ("--initial-density 1.5", "in (0, 1], got 1.5"),
-    ("--initial-density nan", "in (0, 1], got nan"),
-    ("--final-density 1", "in [--initial-density (0.25), 1), got 1.0"),
-    ("--prune-ratio -0.1", "in [0, 1)"),
-    ("--total-timesteps -5", "at least 1"),
-    ("--scale 5", "1, 2, 3 or 4"),
-    ("--scale 2 --critic-hidden 64 64", "--scale must be 1"),
+    ("--env-id CartPole-v1", "--env-id must have flat Boxes"),
+    ("--env-id Blackjack-v1", "--env-id must have flat Boxes"),
+    ("--initial-density 1.5", ", 1], got 1.5"),
+    ("--prune-ratio -0.1", "in [0, 0.999]"),
+    ("--total-timesteps -5", "in [1, "),
+    ("--exploration-noise inf", "got inf"),
+    ("--max-episode-steps 0", "in [1, "),
 ]
 
 
 @pytest.mark.parametrize(("flags", "words"), REFUSED + REFUSED_NE + REFUSED_TD3)
-def test_values_out_of_range_are_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, flags, words):
+def test_values_out_of_range_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, flags, words
+):
     assert_refused(monkeypatch, capsys, f"--run-dir {tmp_path / 'run'}", words, flags)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags", ["--growth sideways", "--sparse-init none", "--no-such-flag 1", "--seed one"])
+def test_no_flag_of_numbers_takes_a_bad_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tried = bad_numbers(ne.Args)
+    assert len(tried) > 100
+    for flags in tried:
+        assert_refused(monkeypatch, capsys, "", flags.split()[0], flags)
+    assert not list(tmp_path.iterdir())
+
+
+WRONG = ["--growth sideways", "--sparse-init none", "--review-rule both"]
+WRONG += ["--no-such-flag 1", "--seed one", "--batch-size 3.5", "--actor-hidden"]
+
+
+@pytest.mark.parametrize("flags", WRONG)
 def test_what_is_no_flag_or_no_choice_is_refused(monkeypatch, capsys, flags):
     code, err = in_process(monkeypatch, capsys, flags)
-    assert code == 2 and "Traceback" not in err
+    assert code == 2
+    assert "Traceback" not in err
 
 
 def test_a_refusal_in_a_process_of_its_own():
     code, out, err = finish(launch("--prune-ratio 1"))
     assert (code, out) == (2, "")
-    assert err == "error: --prune-ratio must be in [0, 1), so that every round grows on net, got 1.0\n"
+    assert err == "error: --prune-ratio must be in [0, 0.999], got 1.0\n"
 
 
 def test_compile_without_a_compiler(tmp_path):
-    environment = {**os.environ, "CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    code, _, err = finish(launch(f"{SMALL} --compile --run-dir {tmp_path / 'run'}", env=environment))
+    environment = {"CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    flags = f"{RUN} --compile --run-dir {tmp_path / 'run'}"
+    code, _, err = finish(launch(flags, env=environment))
     assert code == 1
     assert_one_line(err, "--compile needs a C++ compiler", "g++")
     assert not (tmp_path / "run").exists()
 
 
-def test_folders_that_cannot_be_used(whole, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    code, err = in_process(monkeypatch, capsys, f"{SMALL} --run-dir {tmp_path / 'file' / 'run'}")
-    assert code == 2
-    assert_one_line(err, "--run-dir must be a folder that can be written")
-    code, err = in_process(monkeypatch, capsys, f"{SMALL} --run-dir {whole}")
-    assert code == 2
-    assert_one_line(err, "--run-dir must be a new folder", f"--resume {whole}")
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--env-id HalfCheetah-v5", "--env-id must be Pendulum-v1 or left out"),
-        ("--critic-hidden 64 64", "--critic-hidden must be (24, 16) or left out"),
-        ("--total-timesteps 9000", "--total-timesteps must be 2500"),
-        ("--seed 2", "--seed must be 1 or left out"),
-        ("--no-prune", "--prune must be True or left out"),
-    ],
-)
-def test_resume_refuses_flags_that_contradict_the_run(whole, monkeypatch, capsys, flags, words):
-    assert_refused(monkeypatch, capsys, f"--resume {whole}", words, flags)
-
-
-@pytest.fixture
-def interrupted(whole, tmp_path, monkeypatch, capsys) -> Path:
-    """A folder whose checkpoint looks as if the run were not finished."""
-    folder = tmp_path / "interrupted"
-    shutil.copytree(whole, folder)
-    content = torch.load(folder / "checkpoint.pt", weights_only=True)
-    content["run"]["step"] -= 1
-    torch.save(content, folder / "checkpoint.pt")
-    return folder
-
-
-def break_truncated(path: Path) -> None:
-    os.truncate(path, path.stat().st_size * 2 // 3)
-
-
-def break_empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def break_foreign(path: Path) -> None:
-    torch.save({"model": torch.zeros(3)}, path)
-
-
-def break_not_torch(path: Path) -> None:
-    path.write_text("hello")
-
-
-def break_pickle(path: Path) -> None:
-    torch.save({"format": Path("code that must not run")}, path)
-
-
-@pytest.mark.parametrize("spoil", [break_truncated, break_empty, break_foreign, break_not_torch, break_pickle])
-def test_spoilt_checkpoints_are_refused(interrupted, monkeypatch, capsys, spoil):
-    spoil(interrupted / "checkpoint.pt")
-    results = (interrupted / "results.csv").read_bytes()
-    for flags in (f"--resume {interrupted}", f"--evaluate {interrupted / 'checkpoint.pt'}"):
-        code, err = in_process(monkeypatch, capsys, flags)
-        assert code == 1
-        assert_one_line(err, "checkpoint.pt is damaged or not a checkpoint of ne_td3_continuous.py")
-    assert (interrupted / "results.csv").read_bytes() == results
-
-
-@pytest.mark.parametrize("change", [{"env_id": "MountainCarContinuous-v0"}, {"critic_hidden": (32, 16)}])
-def test_a_checkpoint_that_does_not_fit_is_refused(interrupted, monkeypatch, capsys, change):
-    content = torch.load(interrupted / "checkpoint.pt", weights_only=True)
-    content["run"]["args"] |= change
-    torch.save(content, interrupted / "checkpoint.pt")
-    results = (interrupted / "results.csv").read_bytes()
-    code, err = in_process(monkeypatch, capsys, f"--resume {interrupted}")
-    assert code == 1
-    assert_one_line(err, "the checkpoint does not fit")
-    assert (interrupted / "results.csv").read_bytes() == results
-
-
-def test_a_checkpoint_of_another_run_is_refused(interrupted, monkeypatch, capsys):
-    arguments = json.loads((interrupted / "args.json").read_text())
-    (interrupted / "args.json").write_text(json.dumps(arguments | {"seed": 9}))
-    content = torch.load(interrupted / "checkpoint.pt", weights_only=True)
-    content["buffer"] = ne.ReplayBuffer(10, 3, 1, 4, 0, torch.device("cpu")).state_dict()
-    torch.save(content, interrupted / "checkpoint.pt")
-    code, err = in_process(monkeypatch, capsys, f"--resume {interrupted}")
-    assert code == 1
-    assert_one_line(err, "belongs to another run")
-
-
-def test_missing_checkpoints(tmp_path, monkeypatch, capsys):
-    for flags in (f"--resume {tmp_path}", f"--evaluate {tmp_path / 'checkpoint.pt'}"):
-        code, err = in_process(monkeypatch, capsys, flags)
-        assert code == 1
-        assert_one_line(err, "there is no checkpoint", str(tmp_path))
-
-
+# --- wandb --------------------------------------------------------------------
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    code, err = in_process(monkeypatch, capsys, f"{SMALL} --track --run-dir {tmp_path / 'run'}")
+    flags = f"{RUN} --track --run-dir {tmp_path / 'run'}"
+    code, err = in_process(monkeypatch, capsys, flags)
     assert code == 2
     assert_one_line(err, "--track needs the package wandb")
 
 
-def test_videos_are_recorded(tmp_path):
-    folder = tmp_path / "run"
-    flags = "--env-id InvertedPendulum-v5 --total-timesteps 400 --learning-starts 100 --eval-frequency 200 --no-cuda"
-    code, _, err = finish(launch(f"{flags} --eval-episodes 3 --capture-video --run-dir {folder}"))
-    assert code == 0, err
-    videos = sorted(path.name for path in (folder / "videos" / "from_step_0").glob("*.mp4"))
-    assert videos == ["rl-video-episode-0.mp4", "rl-video-episode-3.mp4"]
+class FakeWandb:
+    """In place of the package: notes what `init` was given, or fails."""
+
+    def __init__(self, error: Exception | None = None):
+        self.error = error
+        self.given = []
+
+    def init(self, **options):
+        if self.error:
+            raise self.error
+        self.given.append(options)
 
 
-def test_video_without_its_package(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "moviepy", None)
-    code, err = in_process(monkeypatch, capsys, f"{SMALL} --capture-video --run-dir {tmp_path / 'run'}")
+def test_wandb_without_a_key(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(ValueError("no API key\nlog in")))
+    flags = f"{RUN} --track --run-dir {tmp_path / 'run'}"
+    code, err = in_process(monkeypatch, capsys, flags)
     assert code == 2
-    assert_one_line(err, "--capture-video needs moviepy")
+    assert_one_line(err, "--track: no API key log in", "WANDB_MODE=offline")
 
 
-def test_the_default_start_does_not_depend_on_ne(monkeypatch):
-    """NE's draws come from a generator of their own: the weights, before masking, and the batches are those of TD3."""
-    networks = []
-    for density in (0.25, 1.0):
-        torch.manual_seed(3)
-        networks.append(ne.Agent(ne.Args(initial_density=density), 17, 6, 0, torch.device("cpu")))
-    for sparse, dense in zip(*(agent.layers["actor"] + agent.layers["critic"] for agent in networks), strict=True):
-        assert torch.equal(sparse.weight, dense.weight * sparse.mask) and np.array_equal(
-            sparse.bias.tolist(), dense.bias.tolist()
-        )
+def test_a_folder_named_wandb_in_the_way(tmp_path, monkeypatch, capsys):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    flags = f"{RUN} --track --run-dir {tmp_path / 'run'}"
+    code, err = in_process(monkeypatch, capsys, flags)
+    assert code == 2
+    assert_one_line(err, "--track needs the package wandb")
+
+
+def test_a_resumed_run_continues_its_run_of_wandb(tmp_path, monkeypatch, at_addition):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    folder = tmp_path / "run"
+    at_addition(105, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_here(f"{RUN} --track --run-dir {folder}") == 0
+    at_addition(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_here(f"--resume {folder}") == 0
+    assert len(wandb.given) == 2
+    first, second = wandb.given
+    assert first["id"] == second["id"]
+    assert first["resume"] == "allow"
+    assert first["config"]["batch_size"] == second["config"]["batch_size"] == 16
+
+
+# --- --resume and what may be wrong with it -----------------------------------
+RESUME_CONTRADICTED = [
+    ("--env-id HalfCheetah-v5", "--env-id must be fake_task:Plain-v0 or left out"),
+    ("--critic-hidden 64 64", "--critic-hidden must be (16, 12) or left out"),
+    ("--total-timesteps 9000", "--total-timesteps must be 600"),
+    ("--seed 2", "--seed must be 1 or left out"),
+    ("--no-prune", "--prune must be True or left out"),
+    ("--run-dir elsewhere", "--run-dir must be"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), RESUME_CONTRADICTED)
+def test_resume_refuses_flags_that_contradict_the_run(whole, monkeypatch, capsys, flags, words):
+    assert_refused(monkeypatch, capsys, f"--resume {whole}", words, flags)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A run that was stopped at step 280, with an evaluation postponed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    setup = signal_at(262, "SIGTERM")
+    code, _, err = finish(launch(f"{RUN} --run-dir {folder}", setup))
+    assert code == 0, err
+    return folder
+
+
+@pytest.fixture
+def interrupted(stopped, tmp_path) -> Path:
+    """A copy of the stopped run, to be spoilt."""
+    folder = tmp_path / "interrupted"
+    shutil.copytree(stopped, folder)
+    return folder
+
+
+def assert_not_resumed(folder: Path, capsys, *words: str) -> None:
+    """Refused in one line, and results.csv and the checkpoint are as they were."""
+    paths = [folder / "results.csv", folder / "checkpoint.pt"]
+    before = [path.read_bytes() for path in paths if path.exists()]
+    capsys.readouterr()
+    assert run_here(["--resume", str(folder)]) == 1
+    assert_one_line(capsys.readouterr().err, *words)
+    assert [path.read_bytes() for path in paths if path.exists()] == before
+
+
+def test_the_run_to_be_spoilt_resumes_exactly(whole, interrupted):
+    assert run_here(f"--resume {interrupted} --no-cudagraphs") == 0  # the one flag that may differ
+    assert_equal_runs(whole, interrupted)
+
+
+def test_two_resumes_at_once(interrupted, capsys):
+    holder = ne.lock(interrupted)
+    assert_not_resumed(interrupted, capsys, "in use by", f"process {os.getpid()}")
+    holder.close()
+
+
+def test_a_lock_of_a_process_that_is_gone_does_not_count(whole, interrupted):
+    (interrupted / "lock").write_text("process 1 on elsewhere\n")
+    assert run_here(f"--resume {interrupted}") == 0
+    assert_equal_runs(whole, interrupted)
+
+
+def test_single_bit_flips_are_refused_or_change_nothing(interrupted, stopped, capsys):
+    path = interrupted / "checkpoint.pt"
+    good = path.read_bytes()
+    original = ne.load_checkpoint(stopped, ne.Args)
+    rng = random.Random(0)
+    places = [rng.randrange(8 * len(good)) for _ in range(150)]
+    places += range(0, 400, 23)  # the zip archive's first header
+    places += range(8 * len(good) - 1_600, 8 * len(good), 37)  # and its directory
+    refused = 0
+    for place in places:
+        spoilt = bytearray(good)
+        spoilt[place // 8] ^= 1 << place % 8
+        path.write_bytes(spoilt)
+        try:
+            content = ne.load_checkpoint(interrupted, ne.Args)
+        except SystemExit as stop:
+            assert stop.code == 1
+            assert_one_line(capsys.readouterr().err, "checkpoint.pt")
+            refused += 1
+        else:
+            assert_equal(content, original)
+    assert refused > 100
+
+
+def test_truncated_checkpoints_are_refused(interrupted, capsys):
+    path = interrupted / "checkpoint.pt"
+    good = path.read_bytes()
+    lengths = [0, 1, 100, len(good) // 2, len(good) * 2 // 3, len(good) - 100, len(good) - 1]
+    for length in lengths:
+        path.write_bytes(good[:length])
+        with pytest.raises(SystemExit):
+            ne.load_checkpoint(interrupted, ne.Args)
+        words = "is damaged or not a checkpoint of ne_td3_continuous"
+        assert_one_line(capsys.readouterr().err, words)
+    path.write_bytes(good[: len(good) // 2])
+    assert_not_resumed(interrupted, capsys, "is damaged")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"model": torch.zeros(3)}, [1, 2], {"args": Path("code that must not run")}],
+)
+def test_foreign_files_are_refused(interrupted, capsys, content):
+    torch.save(content, interrupted / "checkpoint.pt")
+    assert_not_resumed(interrupted, capsys, "checkpoint.pt is damaged or not a checkpoint")
+
+
+def test_files_that_are_no_archives_are_refused(interrupted, capsys):
+    (interrupted / "checkpoint.pt").write_text("hello")
+    assert_not_resumed(interrupted, capsys, "checkpoint.pt is damaged or not a checkpoint")
+
+
+def rewrite(folder: Path, change, args_json: bool = True) -> None:
+    """Saves the checkpoint after `change(content)`, and an args.json that agrees with it."""
+    content = load(folder)
+    change(content)
+    torch.save(content, folder / "checkpoint.pt")
+    if args_json:
+        (folder / "args.json").write_text(json.dumps(content["args"], indent=2))
+
+
+CHANGES = {
+    "another script": (lambda c: c.update(script="ne_drq_dmc"), "of ne_drq_dmc"),
+    "unknown argument": (lambda c: c["args"].update(scale=2), "other flags"),
+    "missing argument": (lambda c: c["args"].pop("gamma"), "other flags"),
+    "argument out of range": (lambda c: c["args"].update(gamma=7.0), "--gamma"),
+    "another environment": (lambda c: c["args"].update(env_id="Pendulum-v1"), "does not fit"),
+    "other widths": (lambda c: c["args"].update(critic_hidden=(32, 16)), "does not fit"),
+    "buffer size in arguments": (lambda c: c["args"].update(buffer_size=300), "the buffer"),
+    "missing part": (lambda c: c["parts"].pop("noise_rng"), "parts"),
+    "unknown part": (lambda c: c["parts"].update(more={}), "parts"),
+    "no parts": (lambda c: c.pop("parts"), "parts"),
+    "unknown key": (lambda c: c.update(more=1), "must have"),
+    "progress without epsilon": (lambda c: c["parts"]["progress"].pop("epsilon"), "progress"),
+    "optimizer without state": (lambda c: c["parts"]["actor_optimizer"].pop("state"), "optimizer"),
+    "weights missing": (lambda c: c["parts"]["agent"].popitem(), "agent"),
+    "random state": (lambda c: c["parts"].update(noise_rng="{}"), "noise_rng"),
+    "buffer of another shape": (
+        lambda c: c["parts"]["buffer"].update(filled=torch.zeros(5, 3)),
+        "buffer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_checkpoints_that_do_not_fit_are_refused(interrupted, capsys, name):
+    change, words = CHANGES[name]
+    rewrite(interrupted, change)
+    paths = [interrupted / "results.csv", interrupted / "checkpoint.pt"]
+    before = [path.read_bytes() for path in paths]
+    assert run_here(f"--resume {interrupted}") in (1, 2)
+    assert_one_line(capsys.readouterr().err, words)
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_missing_checkpoints(tmp_path, capsys):
+    assert_not_resumed(tmp_path, capsys, "nothing to resume", str(tmp_path))
+    assert_not_resumed(tmp_path / "no folder", capsys, "nothing to resume")
+
+
+SPOILT = {
+    "empty": b"",
+    "half": b'{"exp_name": "ne_td3_cont',
+    "list": b"[]",
+    "not UTF-8": b"\xff\xfe\x00",
+    "number": b"3",
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_spoilt_args_json_is_refused(interrupted, capsys, name):
+    (interrupted / "args.json").write_bytes(SPOILT[name])
+    assert_not_resumed(interrupted, capsys, "args.json")
+
+
+def test_an_args_json_of_another_run_is_refused(interrupted, capsys):
+    arguments = json.loads((interrupted / "args.json").read_text())
+    (interrupted / "args.json").write_text(json.dumps(arguments | {"seed": 9}, indent=2))
+    assert_not_resumed(interrupted, capsys, "args.json")
+    (interrupted / "args.json").unlink()
+    assert_not_resumed(interrupted, capsys, "args.json")
+
+
+def test_fewer_rows_than_the_checkpoint_counts_on_are_refused(interrupted, capsys):
+    path = interrupted / "results.csv"
+    os.truncate(path, path.stat().st_size - 1)
+    assert_not_resumed(interrupted, capsys, "results.csv has fewer rows")
+    path.unlink()
+    assert_not_resumed(interrupted, capsys, "results.csv")
+    assert not path.exists()
+
+
+def test_rows_after_the_checkpoint_are_cut_off(whole, interrupted):
+    with open(interrupted / "results.csv", "a") as file:
+        file.write("280,half of a r")
+    assert run_here(f"--resume {interrupted}") == 0
+    assert_equal_runs(whole, interrupted)

@@ -1,7 +1,6 @@
-"""The primitives of utils_topology.py against hand calculations, brute force and properties."""
+"""The primitives of utils_topology.py and the schedule, against hand calculations."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,14 +15,20 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def trained_mlp(sizes: list[int], density: float, seed: int = 0) -> tuple[ne.MLP, torch.optim.Adam]:
-    """A sparse MLP and its Adam, with moments that are not 0 anywhere."""
+def trained_mlp(sizes: list[int], density: float, seed: int = 0):
+    """A sparse MLP and its Adam after 7 steps.
+
+    exp_avg is 1 and exp_avg_sq is random in [1, 2) for all active weights and all biases.
+    """
     torch.manual_seed(seed)
     mlp = ne.MLP(sizes, layer_norm=False)
     topology.sparsify(mlp.layers, density, "erdos-renyi", generator(seed))
-    adam = torch.optim.Adam(mlp.parameters(), fused=True)
-    for p in mlp.parameters():
-        adam.state[p] = {"step": torch.tensor(7.0), "exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
+    adam = topology.adam(list(mlp.parameters()), 3e-4)
+    for layer in mlp.layers:
+        for p, active in ((layer.weight, layer.mask), (layer.bias, torch.ones_like(layer.bias))):
+            adam.state[p]["step"].fill_(7)
+            adam.state[p]["exp_avg"].copy_(active)
+            adam.state[p]["exp_avg_sq"].copy_((1 + torch.rand_like(p)) * active)
     return mlp, adam
 
 
@@ -34,14 +39,24 @@ def silence(mlp: ne.MLP, depth: int, neuron: int) -> None:
         mlp.layers[depth].bias[neuron] = -1.0
 
 
-# --- the sparse start -------------------------------------------------------------------------------------------------
+def masks_of(mlp: ne.MLP) -> list[torch.Tensor]:
+    return [layer.mask.clone() for layer in mlp.layers]
+
+
+def active_connections(mlp: ne.MLP) -> int:
+    return sum(int(layer.mask.sum()) for layer in mlp.layers)
+
+
+# --- the sparse start ---------------------------------------------------------
 def test_erdos_renyi_matches_a_hand_calculation():
-    # HalfCheetah's critic, (17 + 6)-256-128-1, D = 0.25: 5888 + 32768 + 128 weights, 9696 of them active.
-    # eps = 9696 / (279 + 384 + 129) = 12.24 would give the last layer 12.24 * 129 / 128 > 1, so it is dense, and
-    # eps = (9696 - 128) / (279 + 384) = 14.4314 for the other two.
+    # HalfCheetah's critic, (17 + 6)-256-128-1, D = 0.25: of 5888 + 32768 + 128 weights, 9696
+    # are active. eps = 9696 / (279 + 384 + 129) = 12.24 would give the last layer the
+    # density 12.24 * 129 / 128 > 1, so it is dense, and for the other two
+    # eps = (9696 - 128) / (279 + 384) = 14.4314.
     eps = 9568 / 663
     expected = [eps * 279 / 5888, eps * 384 / 32768, 1.0]
-    assert topology.erdos_renyi_densities([(256, 23), (128, 256), (1, 128)], 0.25) == pytest.approx(expected)
+    shapes = [(256, 23), (128, 256), (1, 128)]
+    assert topology.erdos_renyi_densities(shapes, 0.25) == pytest.approx(expected)
 
 
 @settings(max_examples=200, deadline=None)
@@ -50,30 +65,33 @@ def test_erdos_renyi_meets_its_budget_with_densities_in_range(sizes, density):
     shapes = list(zip(sizes[1:], sizes[:-1], strict=True))
     densities = topology.erdos_renyi_densities(shapes, density)
     counts = [n_out * n_in for n_out, n_in in shapes]
-    assert all(0 < d <= 1 for d in densities)
-    assert sum(d * n for d, n in zip(densities, counts, strict=True)) == pytest.approx(density * sum(counts))
-    ratios = [d * n / sum(shape) for d, n, shape in zip(densities, counts, shapes, strict=True) if d < 1]
-    assert not ratios or ratios == pytest.approx([ratios[0]] * len(ratios))  # one eps for every layer that is not dense
-
-
-@pytest.mark.parametrize("density", [0.0, -0.1, 1.1, math.nan])
-def test_erdos_renyi_refuses_densities_out_of_range(density):
-    with pytest.raises(ValueError, match="density"):
-        topology.erdos_renyi_densities([(4, 3)], density)
+    active = 0
+    eps = []  # the same in every layer that is not dense
+    for layer_density, count, shape in zip(densities, counts, shapes, strict=True):
+        assert 0 < layer_density <= 1
+        active += layer_density * count
+        if layer_density < 1:
+            eps.append(layer_density * count / sum(shape))
+    assert active == pytest.approx(density * sum(counts))
+    assert not eps or eps == pytest.approx([eps[0]] * len(eps))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.floats(0.001, 1.0), st.integers(0, 10))
 def test_masks_have_the_exact_count(n_out, n_in, density, seed):
     mask = topology.sample_mask((n_out, n_in), density, generator(seed))
-    assert mask.dtype == torch.bool and mask.shape == (n_out, n_in)
+    assert mask.shape == (n_out, n_in)
+    assert set(mask.flatten().tolist()) <= {0.0, 1.0}
     assert int(mask.sum()) == max(1, round(density * n_out * n_in))
 
 
 def test_masks_are_uniformly_random():
     rng = generator()
-    frequency = sum(topology.sample_mask((5, 8), 0.25, rng).float() for _ in range(4000)) / 4000
-    assert (frequency - 0.25).abs().max() < 0.035  # five standard deviations of a frequency over 4000 draws
+    total = torch.zeros(5, 8)
+    for _ in range(4000):
+        total += topology.sample_mask((5, 8), 0.25, rng)
+    # five standard deviations of a frequency over 4000 draws
+    assert (total / 4000 - 0.25).abs().max() < 0.035
 
 
 @pytest.mark.parametrize("sparse_init", ["erdos-renyi", "uniform"])
@@ -83,143 +101,281 @@ def test_sparse_start_has_the_density_and_zero_weights(sparse_init):
     assert topology.network_density(mlp.layers) == pytest.approx(0.25, abs=1e-4)
     for layer in mlp.layers:
         assert torch.equal(layer.weight, layer.weight * layer.mask)
+        assert layer.mask.mean() == pytest.approx(layer.initial_density, abs=0.01)
         if sparse_init == "uniform":
-            assert layer.mask.float().mean() == pytest.approx(0.25, abs=0.01)
+            assert layer.initial_density == 0.25
 
 
-# --- the schedule -----------------------------------------------------------------------------------------------------
-def test_default_schedule_is_97_rounds_with_alpha_0_056():
-    rounds, alpha, plan = topology.growth_schedule(ne.Args())
+# --- the schedule -------------------------------------------------------------
+def scaled(**changes) -> ne.Args:
+    args = ne.Args(**changes)
+    ne.scale_to_run(args)
+    return args
+
+
+def test_the_default_schedule_is_97_rounds_with_alpha_0_057():
+    args = scaled()
+    rounds = ne.growth_rounds(args)
     assert (len(rounds), rounds[0], rounds[-1]) == (97, 30_000, 990_000)
-    assert alpha == pytest.approx(2 / 97 * math.log(0.75 / 0.05))
-    assert alpha == pytest.approx(0.056, abs=5e-4)
-    assert "25% -> 95% in 97 rounds" in plan
+    annealing = sum(1 + math.cos(math.pi * step / 1_000_000) for step in rounds)
+    assert args.grow_rate == pytest.approx(2 * math.log(0.75 / 0.05) / annealing)
+    assert args.grow_rate == pytest.approx(0.057, abs=5e-4)
 
 
-def test_growth_count_is_the_cosine_of_the_paper():
+@pytest.mark.parametrize("total", [50_000, 200_000, 1_000_000])
+def test_the_schedule_scales_with_the_run(total):
+    args = scaled(total_timesteps=total)
+    assert args.grow_interval == total // 100
+    assert args.review_interval == max(1, (total - 25_000) // 1_000)
+    assert args.growth_end == total
+
+
+def test_given_values_win():
+    given = {"grow_interval": 777, "grow_rate": 0.01, "growth_end": 9_000}
+    given |= {"review_interval": 3, "review_decay": 0.4}
+    args = scaled(total_timesteps=40_000, learning_starts=1_000, **given)
+    assert {name: getattr(args, name) for name in given} == given
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3, 0.65])
+@pytest.mark.parametrize(
+    ("total", "first"), [(1_000_000, 25_000), (200_000, 25_000), (9_000, 1_000)]
+)
+def test_the_decay_meets_the_floor_at_half_of_the_run(floor, total, first):
+    """With no reduction in any count; a floor of 0 is never met, 0.01 is."""
+    args = scaled(total_timesteps=total, learning_starts=first, review_floor=floor)
+    progress = ne.Progress()
+    met = None
+    for update in range(1, total - first + 1):
+        if update % args.review_interval == 0:
+            before = progress.epsilon
+            progress.epsilon = ne.review_threshold(args, progress, 10, 100)
+            progress.dormant = 10
+            assert progress.epsilon <= before
+            if met is None and progress.epsilon <= max(0.01, floor) * (1 + 1e-9):
+                met = first + update
+    assert met == pytest.approx(total / 2, rel=0.01)
+
+
+def test_a_run_shorter_than_its_random_steps_has_a_schedule_too():
+    args = scaled(total_timesteps=100)
+    assert (args.grow_interval, args.review_interval, args.grow_rate) == (1, 1, 0.0)
+    assert 0 < args.review_decay <= 1
+
+
+def test_the_growth_fraction_is_the_cosine_of_the_paper():
+    args = scaled(grow_rate=0.05)
     for step in (1, 300_000, 999_999):
-        expected = math.ceil(0.05 / 2 * (1 + math.cos(math.pi * step / 1_000_000)) * 1234)
-        assert math.ceil(topology.growth_fraction(0.05, step, 1_000_000) * 1234) == expected
-    assert topology.growth_fraction(0.05, 1_000_000, 1_000_000) == 0.0
+        expected = 0.05 / 2 * (1 + math.cos(math.pi * step / 1_000_000))
+        assert ne.growth_fraction(args, step) == pytest.approx(expected)
+    assert ne.growth_fraction(args, 1_000_000) == 0.0
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0.05, 0.9), st.integers(50_000, 1_000_000), st.integers(1_000, 20_000))
 def test_solved_alpha_comes_near_the_final_density(start, total, interval):
-    args = ne.Args(initial_density=start, total_timesteps=total, grow_interval=interval, learning_starts=1_000)
-    rounds, alpha, _ = topology.growth_schedule(args)
+    args = scaled(
+        initial_density=start,
+        total_timesteps=total,
+        grow_interval=interval,
+        learning_starts=1_000,
+    )
+    rounds = ne.growth_rounds(args)
     if len(rounds) < 20:
         return
     inactive = 1 - start
     for step in rounds:
-        inactive *= 1 - topology.growth_fraction(alpha, step, total)
+        inactive *= 1 - ne.growth_fraction(args, step)
     assert 1 - inactive == pytest.approx(0.95, abs=0.03)
+    assert ne.planned_density(args, total) == pytest.approx(1 - inactive)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({}, "25% -> 95% in 97 rounds"),
+        ({"total_timesteps": 200_000}, "25% -> 95% in 87 rounds"),
         ({"initial_density": 1.0}, "dense, nothing to grow"),
         ({"ne_actor": False, "ne_critic": False}, "dense, nothing to grow"),
-        ({"growth": "none"}, "stay at 25%"),
-        ({"total_timesteps": 20_000}, "stay at 25%"),
-        ({"ne_actor": False}, "topology: critics 25% -> 95%"),
-        ({"growth_end": 2_000_000}, "25% -> 92% in 98 rounds"),  # the run ends at half of the cosine
+        ({"growth": "none"}, "stays at 25%"),
+        ({"total_timesteps": 20_000}, "stays at 25%"),  # it ends before the first update
+        ({"growth_end": 20_000}, "stays at 25%"),
+        # alpha is at most 1: 0.25 + 0.75 / 2 * (1 + cos(0.6 pi))
+        ({"grow_interval": 600_000}, "25% -> 51% in 1 rounds"),
+        ({"growth_end": 500_000, "total_timesteps": 500_000}, "25% -> 95% in 94 rounds"),
+        # the run ends at half of the cosine
+        ({"growth_end": 2_000_000, "grow_interval": 10_000}, "25% -> 92% in 98 rounds"),
     ],
 )
 def test_the_plan_says_what_will_happen(changes, words):
-    assert words in topology.growth_schedule(ne.Args(**changes))[2]
+    assert words in ne.growth_plan(scaled(**changes))
 
 
-# --- growth -----------------------------------------------------------------------------------------------------------
+def test_the_plan_is_what_grows():
+    """Without pruning and with gradients everywhere, a network has the planned density."""
+    args = scaled(total_timesteps=20_000, learning_starts=1_000, prune=False)
+    mlp, adam = trained_mlp([40, 80, 60, 20], args.initial_density)
+    scores = [torch.rand_like(layer.weight) + 0.1 for layer in mlp.layers]
+    planned = 0
+    grown = 0
+    for step in ne.growth_rounds(args):
+        fraction = ne.growth_fraction(args, step)
+        planned += topology.planned_births(mlp.layers, fraction)
+        grown += topology.grow(mlp.layers, scores, fraction, adam)
+    assert grown == planned
+    density = topology.network_density(mlp.layers)
+    assert density == pytest.approx(ne.planned_density(args, 20_000), abs=0.02)  # ceil
+    assert f"{0.95:.0%} in {len(ne.growth_rounds(args))} rounds" in ne.growth_plan(args)
+
+
+# --- growth -------------------------------------------------------------------
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 12), st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.integers(0, 1000))
-def test_growth_picks_exactly_the_top_k_of_the_inactive(n_out, n_in, density, fraction, seed):
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.floats(0.0, 1.0),
+    st.floats(0.0, 1.0),
+    st.floats(0.0, 1.0),
+    st.integers(0, 1000),
+)
+def test_growth_picks_the_top_k_of_those_with_a_gradient(
+    n_out, n_in, density, zeros, fraction, seed
+):
     rng = generator(seed)
-    mask = torch.rand(n_out, n_in, generator=rng) < density
-    score = torch.randperm(n_out * n_in, generator=rng).view(n_out, n_in).float()  # no ties
-    count = int(fraction * int((~mask).sum()))
-    inactive = [(i, j) for i in range(n_out) for j in range(n_in) if not mask[i, j]]
-    expected = set(sorted(inactive, key=lambda ij: -score[ij].item())[:count])
-    before = mask.clone()
-    born = topology.grow_mask(mask, score, count)
-    assert {tuple(ij) for ij in born.nonzero().tolist()} == expected
-    assert torch.equal(mask, before | born)
+    layer = ne.MaskedLinear(n_in, n_out)
+    adam = topology.adam([layer.weight, layer.bias], 3e-4)
+    layer.mask.copy_(torch.rand(n_out, n_in, generator=rng) < density)
+    score = torch.randperm(n_out * n_in, generator=rng).view(n_out, n_in) + 1.0  # no ties
+    score[torch.rand(n_out, n_in, generator=rng) < zeros] = 0.0
+    score[torch.rand(n_out, n_in, generator=rng) < 0.5] *= -1.0
+    candidates = []
+    for i in range(n_out):
+        for j in range(n_in):
+            if layer.mask[i, j] == 0 and score[i, j] != 0:
+                candidates.append((i, j))
+    candidates.sort(key=lambda ij: -abs(score[ij].item()))
+    count = math.ceil(fraction * len(candidates))
+    before = layer.mask.clone()
+    assert topology.grow([layer], [score], fraction, adam) == count
+    born = (layer.mask - before).nonzero().tolist()
+    assert sorted(map(tuple, born)) == sorted(candidates[:count])
 
 
-def test_growth_leaves_the_output_alone_and_forgets_moments():
+def test_births_start_at_zero_with_the_layers_mean_squared_gradient():
     mlp, adam = trained_mlp([5, 16, 8, 2], 0.3)
     x = torch.randn(32, 5)
-    before, weights = mlp(x), [layer.weight.clone() for layer in mlp.layers]
-    masks = [layer.mask.clone() for layer in mlp.layers]
-    grown = topology.grow(mlp.layers, [torch.rand_like(w) for w in weights], 0.5, adam)
-    assert grown == sum(math.ceil(0.5 * int((~mask).sum())) for mask in masks)
-    assert torch.equal(mlp(x), before)
+    output = mlp(x)
+    masks = masks_of(mlp)
+    before = {p: {key: t.clone() for key, t in adam.state[p].items()} for p in adam.state}
+    scores = [torch.rand_like(layer.weight) + 0.1 for layer in mlp.layers]
+    grown = topology.grow(mlp.layers, scores, 0.5, adam)
+    assert grown == sum(math.ceil(0.5 * int((mask == 0).sum())) for mask in masks)
+    assert torch.equal(mlp(x), output)
     for layer, mask in zip(mlp.layers, masks, strict=True):
-        born = layer.mask & ~mask
+        born = (layer.mask - mask) == 1
+        was = before[layer.weight]
+        now = adam.state[layer.weight]
+        mean = was["exp_avg_sq"][mask == 1].mean()
+        assert (layer.weight[born] == 0).all()
+        assert (now["exp_avg"][born] == 0).all()
+        assert torch.allclose(now["exp_avg_sq"][born], mean)
         for moment in ("exp_avg", "exp_avg_sq"):
-            assert (adam.state[layer.weight][moment][born] == 0).all()
-            assert (adam.state[layer.weight][moment][~born] == 1).all()
-        assert adam.state[layer.weight]["step"] == 7
+            assert torch.equal(now[moment][~born], was[moment][~born])
+        assert now["step"] == 7
+        for key, value in adam.state[layer.bias].items():
+            assert torch.equal(value, before[layer.bias][key])
 
 
-# --- dormancy ---------------------------------------------------------------------------------------------------------
+def test_the_first_step_of_a_birth_is_no_longer_than_adams_own():
+    """With exp_avg_sq 0 at a large t, it would be 3.2 times the learning rate."""
+    mlp, adam = trained_mlp([5, 16, 8, 2], 0.3)
+    for state in adam.state.values():
+        state["step"].fill_(100_000)
+    masks = masks_of(mlp)
+    scores = [torch.ones_like(layer.weight) for layer in mlp.layers]
+    topology.grow(mlp.layers, scores, 0.5, adam)
+    gradients = [torch.full_like(p, 1.2) for p in mlp.parameters()]  # as large as before
+    topology.adam_step(adam, gradients)
+    for layer, mask in zip(mlp.layers, masks, strict=True):
+        born = (layer.mask - mask) == 1
+        assert layer.weight[born].abs().max() < 3e-4
+
+
+# --- dormancy -----------------------------------------------------------------
 def test_dormancy_scores_by_hand():
     hidden = torch.tensor([[0.0, 1.0, 3.0, 0.0], [0.0, 3.0, 1.0, 0.4]])
     # mean |h|: 0, 2, 2, 0.2; their mean: 1.05
-    assert topology.dormancy_scores(hidden).tolist() == pytest.approx([0, 2 / 1.05, 2 / 1.05, 0.2 / 1.05])
-    assert topology.dormant(hidden, 0.0).tolist() == [True, False, False, False]
-    assert topology.dormant(hidden, 0.2).tolist() == [True, False, False, True]
-    assert topology.count_dormant([hidden, hidden], 0.2) == 4
+    expected = [0, 2 / 1.05, 2 / 1.05, 0.2 / 1.05]
+    assert topology.dormancy_scores(hidden).tolist() == pytest.approx(expected)
+    assert topology.dormant_neurons([hidden], 0.0) == [(0, 0)]
+    assert topology.dormant_neurons([hidden, hidden], 0.2) == [(0, 0), (0, 3), (1, 0), (1, 3)]
 
 
 def test_a_silent_layer_is_all_dormant():
-    assert topology.dormant(torch.zeros(4, 3), 0.0).all()
+    assert len(topology.dormant_neurons([torch.zeros(4, 3)], 0.0)) == 3
 
 
 def test_metrics_by_hand():
     mlp = ne.MLP([2, 4, 1], layer_norm=False)
-    mlp.layers[0].mask[0, 0] = False
+    mlp.layers[0].mask[0, 0] = 0.0
     hidden = [torch.tensor([[0.0, 1.0, 3.0, 0.0], [0.0, 3.0, 1.0, 0.4]])]
-    row = topology.metrics("ne/actor", mlp.layers, hidden)
-    assert row["ne/actor/density"] == pytest.approx(11 / 12)
-    assert (row["ne/actor/dormant"], row["ne/actor/active_ratio"]) == (1, 0.75)
-    assert (row["ne/actor/active_ratio_0.025"], row["ne/actor/active_ratio_0.1"]) == (0.75, 0.75)
-    assert row["ne/actor/fau"] == pytest.approx(5 / 8)
+    row = topology.metrics(mlp.layers, hidden)
+    assert row["density"] == pytest.approx(11 / 12)
+    assert (row["dormant"], row["active_ratio"]) == (1, 0.75)
+    assert (row["active_ratio_0.025"], row["active_ratio_0.1"]) == (0.75, 0.75)
+    assert row["fau"] == pytest.approx(5 / 8)
 
 
-# --- prune and reset --------------------------------------------------------------------------------------------------
+# --- prune and reset ----------------------------------------------------------
 def test_a_dormant_neuron_is_reset_as_specified():
     mlp, adam = trained_mlp([6, 16, 8, 2], 0.5)
     silence(mlp, 0, 3)
-    with torch.no_grad():
-        mlp.layers[0].bias += 5.0 * (
-            torch.arange(16) != 3
-        )  # so that neuron 3 of the first layer is the only dormant one
+    others = torch.arange(16) != 3
+    with torch.no_grad():  # so that neuron 3 of the first layer is the only dormant one
+        mlp.layers[0].bias += 5.0 * others
         mlp.layers[1].bias += 5.0
     x = torch.rand(64, 6)
-    hidden, before = mlp.activations(x), mlp(x)
-    assert [topology.dormant(h, 0.0).nonzero().flatten().tolist() for h in hidden] == [[3], []]
-    first, second = mlp.layers[0], mlp.layers[1]
-    had, outgoing = int(first.mask[3].sum()), int(second.mask[:, 3].sum())
-    others = [layer.weight.clone() for layer in mlp.layers]
-    gone = topology.prune(mlp.layers, hidden, 1000, adam, 2.0, generator())
+    hidden = mlp.activations(x)
+    output = mlp(x)
+    assert topology.dormant_neurons(hidden, 0.0) == [(0, 3)]
+    first, second, _ = mlp.layers
+    had = int(first.mask[3].sum())
+    outgoing = int(second.mask[:, 3].sum())
+    weights = [layer.weight.clone() for layer in mlp.layers]
+    moments = {p: adam.state[p]["exp_avg_sq"].clone() for p in mlp.parameters()}
+    weight_mean = moments[first.weight][first.mask == 1].mean()
+    bias_mean = moments[first.bias].mean()
+
+    gone = topology.prune(mlp.layers, hidden, 1000, 2.0, adam, generator())
+
     fan_in = min(had, round(first.initial_density * 6))
     assert gone == outgoing + had - fan_in
     assert int(first.mask[3].sum()) == fan_in
-    assert not second.mask[:, 3].any() and not second.weight[:, 3].any()
-    assert torch.equal(first.weight[3] != 0, first.mask[3])
-    assert first.weight[3].abs().max() <= 1 / math.sqrt(6) and first.bias[3].abs() <= 1 / math.sqrt(6)
+    assert not second.mask[:, 3].any()
+    assert not second.weight[:, 3].any()
+    assert torch.equal(first.weight[3] != 0, first.mask[3] == 1)
+    assert first.weight[3].abs().max() <= 1 / math.sqrt(6)
+    assert 0 < first.bias[3].abs() <= 1 / math.sqrt(6)
     assert torch.equal(first.bound[3], torch.full((6,), 2 / math.sqrt(6)))
-    assert torch.isinf(first.bound[torch.arange(16) != 3]).all()
+    assert torch.isinf(first.bound[others]).all()
+    # Adam's state: incoming weights and the bias start at the layer's mean
+    state = adam.state[first.weight]
+    assert not state["exp_avg"][3].any()
+    assert torch.allclose(state["exp_avg_sq"][3], weight_mean * first.mask[3])
+    assert torch.equal(state["exp_avg_sq"][others], moments[first.weight][others])
+    assert adam.state[first.bias]["exp_avg"][3] == 0
+    assert adam.state[first.bias]["exp_avg_sq"][3] == pytest.approx(bias_mean)
+    assert torch.equal(adam.state[first.bias]["exp_avg_sq"][others], moments[first.bias][others])
+    # what was pruned has none
     for moment in ("exp_avg", "exp_avg_sq"):
-        assert not adam.state[first.weight][moment][3].any() and adam.state[first.bias][moment][3] == 0
         assert not adam.state[second.weight][moment][:, 3].any()
-        assert adam.state[first.weight][moment].sum() == 15 * 6 and adam.state[first.bias][moment].sum() == 15
-        assert adam.state[second.weight][moment].sum() == 8 * 15
-    kept = torch.arange(16) != 3
-    assert torch.equal(first.weight[kept], others[0][kept]) and torch.equal(second.weight[:, kept], others[1][:, kept])
-    assert torch.equal(mlp(x), before)
+    kept = adam.state[second.weight]["exp_avg_sq"][:, others]
+    assert torch.equal(kept, moments[second.weight][:, others])
+    assert all(state["step"] == 7 for state in adam.state.values())
+    # nothing else has changed
+    assert torch.equal(first.weight[others], weights[0][others])
+    assert torch.equal(second.weight[:, others], weights[1][:, others])
+    assert torch.equal(mlp(x), output)
 
 
 @settings(max_examples=60, deadline=None)
@@ -230,49 +386,75 @@ def test_pruning_keeps_to_its_budget_and_to_the_output(seed, budget, density):
     for depth, width in ((0, 24), (1, 16)):
         for neuron in torch.randperm(width, generator=rng)[: width // 2].tolist():
             silence(mlp, depth, neuron)
-            topology.apply_mask(mlp.layers[depth])
     x = 0.1 * torch.randn(32, 6, generator=rng)
-    hidden, before = mlp.activations(x), mlp(x)
-    active = [int(layer.mask.sum()) for layer in mlp.layers]
-    gone = topology.prune(mlp.layers, hidden, budget, adam, 2.0, rng)
+    hidden = mlp.activations(x)
+    output = mlp(x)
+    active = active_connections(mlp)
+    gone = topology.prune(mlp.layers, hidden, budget, 2.0, adam, rng)
     assert 0 <= gone <= budget
-    assert sum(active) - sum(int(layer.mask.sum()) for layer in mlp.layers) == gone
-    assert torch.allclose(mlp(x), before, atol=1e-6)
+    assert active - active_connections(mlp) == gone
+    assert torch.allclose(mlp(x), output, atol=1e-6)
     for layer in mlp.layers:
         assert torch.equal(layer.weight, layer.weight * layer.mask)
-    if budget >= 400:  # more than there is
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert not adam.state[layer.weight][moment][layer.mask == 0].any()
+    if budget == 400:  # more than there is
         for depth in (0, 1):
-            dead = topology.dormant(hidden[depth], 0.0)
+            dead = topology.dormancy_scores(hidden[depth]) == 0
             assert not mlp.layers[depth + 1].mask[:, dead].any()
+
+
+def test_a_neuron_that_costs_more_than_is_left_is_skipped_for_a_cheaper_one():
+    mlp, adam = trained_mlp([6, 16, 8, 2], 1.0)
+    with torch.no_grad():
+        mlp.layers[0].bias.copy_(torch.where(torch.arange(16) < 8, -10.0, 10.0))
+        mlp.layers[1].bias += 100.0
+        mlp.layers[1].mask[2:, 0] = 0.0  # neuron 0 costs 2, the other dormant ones 8
+        mlp.layers[1].weight.mul_(mlp.layers[1].mask)
+    hidden = mlp.activations(torch.rand(8, 6))
+    assert topology.prune(mlp.layers, hidden, 7, 0.0, adam, generator()) == 2
+    assert not mlp.layers[1].mask[:, 0].any()
+    assert torch.isinf(mlp.layers[0].bound).all()  # kappa 0: no clipping
 
 
 def test_dormant_neurons_go_in_random_order():
     gone = set()
     for seed in range(30):
         mlp, adam = trained_mlp([6, 16, 8, 2], 1.0)
-        mlp.layers[0].bias.data = torch.where(torch.arange(16) < 8, -10.0, 10.0)  # the first half is dormant
-        mlp.layers[1].bias.data += 100.0  # nothing else is
-        topology.prune(mlp.layers, mlp.activations(torch.rand(8, 6)), 8, adam, 0.0, generator(seed))  # room for one
+        with torch.no_grad():  # the first half of the first layer is dormant, nothing else
+            mlp.layers[0].bias.copy_(torch.where(torch.arange(16) < 8, -10.0, 10.0))
+            mlp.layers[1].bias += 100.0
+        hidden = mlp.activations(torch.rand(8, 6))
+        topology.prune(mlp.layers, hidden, 8, 0.0, adam, generator(seed))  # room for one
         pruned = [n for n in range(16) if not mlp.layers[1].mask[:, n].any()]
         assert len(pruned) == 1
         gone |= set(pruned)
-    assert len(gone) > 3 and gone <= set(range(8))
-
-
-def test_without_moments_nothing_breaks():
-    parameter = torch.nn.Parameter(torch.ones(2, 2))
-    adam = torch.optim.Adam([parameter])
-    topology.zero_moments(adam, parameter, 0)
-    parameter.grad = torch.ones(2, 2)
-    adam.step()  # the empty state is still taken for "not started"
-    assert adam.state[parameter]["step"] == 1
+    assert len(gone) > 3
+    assert gone <= set(range(8))
 
 
 def test_redraw_is_uniform_like_the_initialiser():
-    layer = SimpleNamespace(
-        in_features=400, weight=torch.zeros(1, 400), bias=torch.zeros(1), mask=torch.ones(1, 400) > 0
-    )
-    adam = SimpleNamespace(state={layer.weight: {}, layer.bias: {}})
-    topology.redraw_neuron(layer, 0, adam, generator())
-    assert 0.045 < layer.weight.abs().max() <= 0.05
-    assert layer.weight.mean().abs() < 0.006  # four standard errors of U(-0.05, 0.05) over 400 draws
+    layer = ne.MaskedLinear(400, 1)
+    topology.redraw(layer, 0, generator())
+    weight = layer.weight.detach()
+    assert 0.045 < weight.abs().max() <= 0.05
+    assert weight.mean().abs() < 0.006  # four standard errors of U(-0.05, 0.05), 400 draws
+    assert 0 < layer.bias.abs() <= 0.05
+
+
+# --- Adam ---------------------------------------------------------------------
+def test_adam_step_is_the_step_of_torch_to_the_last_bit():
+    torch.manual_seed(0)
+    ours = torch.nn.Linear(5, 4)
+    theirs = torch.nn.Linear(5, 4)
+    theirs.load_state_dict(ours.state_dict())
+    adam = topology.adam(list(ours.parameters()), 1e-3)
+    reference = torch.optim.Adam(theirs.parameters(), 1e-3, fused=True)
+    for _ in range(20):
+        gradients = [torch.randn_like(p) for p in ours.parameters()]
+        topology.adam_step(adam, gradients)
+        for p, gradient in zip(theirs.parameters(), gradients, strict=True):
+            p.grad = gradient
+        reference.step()
+    for p, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, other)

@@ -1067,7 +1067,8 @@ def measure(agent: Agent, batch: Batch, progress: Progress, step: int) -> dict[s
     hidden_of = agent.hidden(batch)
     for name, network in agent.networks.items():
         hidden = list(itertools.chain(*hidden_of[name]))
-        values = topology.metrics(network.layers, hidden)
+        values = {"density": topology.network_density(network.layers)}
+        values |= topology.activity(hidden)
         values["planned"] = sum(progress.planned[name])
         values["grown"] = sum(progress.grown[name])
         values["pruned"] = sum(progress.pruned[name])

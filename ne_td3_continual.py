@@ -447,6 +447,10 @@ class Network:
         for p, target in zip(self.params, self.target_params, strict=True):
             target.lerp_(p, tau)
 
+    def density(self) -> float:
+        """Share of active connections."""
+        return topology.network_density(self.layers)
+
     def hidden(self, batch: Batch) -> list[torch.Tensor]:
         """Activations [(B, n), ...] of the hidden layers of all MLPs."""
         hidden = []
@@ -880,11 +884,10 @@ def measure(args: Args, agent: Agent, batch: Batch, progress: Progress, step: in
     """A row of results.csv, its returns still empty."""
     row = new_row(args, progress, step)
     for name, network in agent.networks.items():
-        values = topology.metrics(network.layers, network.hidden(batch))
+        activity = topology.activity(network.hidden(batch))
         if step == 0:  # there are no transitions to take activations from
-            density = values["density"]
-            values = dict.fromkeys(values, math.nan)
-            values["density"] = density
+            activity = dict.fromkeys(activity, math.nan)
+        values = {"density": network.density()} | activity
         values["planned"] = sum(progress.planned[name])
         values["grown"] = sum(progress.grown[name])
         values["pruned"] = sum(progress.pruned[name])

@@ -392,6 +392,10 @@ class Network:
         for p, target in zip(self.params, self.target_params, strict=True):
             target.lerp_(p, tau)
 
+    def density(self) -> float:
+        """Share of active connections."""
+        return topology.network_density(self.layers)
+
     def hidden(self, batch: Batch) -> list[torch.Tensor]:
         """Activations [(B, n), ...] of the hidden layers of all MLPs."""
         hidden = []
@@ -747,7 +751,8 @@ def measure(agent: Agent, batch: Batch, progress: Progress, step: int) -> dict[s
     for key in ("qf_loss", "qf_values"):
         row[f"losses/{key}"] = float(progress.losses.get(key, math.nan))
     for name, network in agent.networks.items():
-        values = topology.metrics(network.layers, network.hidden(batch))
+        values = {"density": network.density()}
+        values |= topology.activity(network.hidden(batch))
         values["planned"] = sum(progress.planned[name])
         values["grown"] = sum(progress.grown[name])
         values["pruned"] = sum(progress.pruned[name])

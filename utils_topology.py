@@ -336,8 +336,3 @@ def activity(hidden: list[torch.Tensor]) -> dict[str, float]:
     positive = sum(int((h > 0).sum()) for h in hidden)
     values["fau"] = positive / sum(h.numel() for h in hidden)
     return values
-
-
-def metrics(layers, hidden: list[torch.Tensor]) -> dict[str, float]:
-    """Density of a network, and the activity of its hidden layers."""
-    return {"density": network_density(layers)} | activity(hidden)

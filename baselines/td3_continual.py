@@ -11,21 +11,20 @@ layers of td3_continuous.py. What is not the agent's is imported from ne_td3_con
 
 import copy
 import itertools
-import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import utils_topology as topology
 from baselines import td3_continuous
 from baselines.td3_continuous import reset
 from ne_td3_continual import (
     Batch,
     EnvironmentFault,
+    Progress,
     ReplayBuffer,
     Run,
     RunArgs,
@@ -35,7 +34,7 @@ from ne_td3_continual import (
     evaluate_postponed,
     fast_updates,
     make_envs,
-    new_row,
+    measure,
     parse_args,
     print_metrics,
     restore,
@@ -57,21 +56,6 @@ class Args(MethodArgs, TD3Args, RunArgs):
     """All flags."""
 
     exp_name: str = "td3_continual"
-
-
-@dataclass
-class Progress:
-    """What a run has done so far."""
-
-    stretches: int = 0  # of one task each, that have ended
-    episodes: int = 0  # of this task in this cycle
-    updates: int = 0
-    # returns of the episodes since the last evaluation
-    returns: list[float] = field(default_factory=list)
-    # of the last batch
-    losses: dict[str, torch.Tensor] = field(default_factory=dict)
-    # evaluations that are due, in order: (row, weights of the actor)
-    postponed: list[tuple[dict, dict]] = field(default_factory=list)
 
 
 class Agent(td3_continuous.Agent):
@@ -103,21 +87,6 @@ class Agent(td3_continuous.Agent):
         return -self.critic_1(obs_actions).mean()  # ()
 
 
-def measure(args: Args, agent: Agent, batch: Batch, progress: Progress, step: int) -> dict:
-    """A row of results.csv, its returns still empty, with the columns of the NE script."""
-    row = new_row(args, progress, step)
-    for name, network in agent.networks.items():
-        values = topology.activity(network.hidden(batch))
-        if step == 0:  # there are no transitions to take activations from
-            values = dict.fromkeys(values, math.nan)
-        values = {"density": 1.0} | values | {"planned": 0, "grown": 0, "pruned": 0}
-        for key, value in values.items():
-            row[f"ne/{name}/{key}"] = value
-    row["ne/review_epsilon"] = 1.0
-    row["ne/review_share"] = 0.0
-    return row
-
-
 def main() -> None:
     # --- setup ---
     args, checkpoint = parse_args(Args)
@@ -137,7 +106,7 @@ def main() -> None:
     buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, batch_seed, device)
     batch = buffer.new_batch(args.batch_size)
     metrics_batch = buffer.new_batch(args.batch_size)
-    progress = Progress()
+    progress = Progress.of(agent)
     starts = [env.reset(seed=args.seed) for env in envs]
     obs, _ = starts[0]
 

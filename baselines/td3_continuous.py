@@ -12,7 +12,7 @@ layers of its own. What is not the agent's or a method's is imported from that s
 import copy
 import math
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ import utils_topology as topology
 from ne_td3_continuous import (
     Batch,
     EnvironmentFault,
+    Progress,
     ReplayBuffer,
     Run,
     RunArgs,
@@ -33,6 +34,7 @@ from ne_td3_continuous import (
     evaluate_postponed,
     fast_updates,
     make_env,
+    measure,
     parse_args,
     restore,
     set_up_torch,
@@ -68,19 +70,6 @@ class Args(MethodArgs, TD3Args, RunArgs):
     """All flags."""
 
     exp_name: str = "td3_continuous"
-
-
-@dataclass
-class Progress:
-    """What a run has done so far."""
-
-    updates: int = 0
-    # returns of the episodes since the last evaluation
-    returns: list[float] = field(default_factory=list)
-    # of the last batch
-    losses: dict[str, torch.Tensor] = field(default_factory=dict)
-    # evaluations that fell due while the run was stopping: (row, weights of the actor)
-    postponed: list[tuple[dict, dict]] = field(default_factory=list)
 
 
 # --- networks -----------------------------------------------------------------
@@ -186,6 +175,9 @@ class Network:
         for mlp, target in zip(self.mlps, self.targets, strict=True):
             for p, target_p in zip(mlp.parameters(), target.parameters(), strict=True):
                 target_p.lerp_(p, tau)
+
+    def density(self) -> float:
+        return 1.0
 
     def hidden(self, batch: Batch) -> list[torch.Tensor]:
         """Activations [(B, n), ...] of the hidden layers of all MLPs."""
@@ -445,22 +437,6 @@ def method_plan(args: Args) -> str:
     return f"method: {args.method}"
 
 
-def measure(agent: Agent, batch: Batch, progress: Progress, step: int) -> dict[str, float]:
-    """A row of results.csv, its returns still empty, with the columns of the NE script."""
-    row = {"step": step, "eval/return_mean": math.nan, "eval/return_std": math.nan}
-    row["charts/episodic_return"] = float(np.mean(progress.returns or math.nan))
-    for key in ("qf_loss", "qf_values"):
-        row[f"losses/{key}"] = float(progress.losses.get(key, math.nan))
-    for name, network in agent.networks.items():
-        values = {"density": 1.0} | topology.activity(network.hidden(batch))
-        values |= {"planned": 0, "grown": 0, "pruned": 0}
-        for key, value in values.items():
-            row[f"ne/{name}/{key}"] = value
-    row["ne/review_epsilon"] = 1.0
-    row["ne/review_share"] = 0.0
-    return row
-
-
 def main() -> None:
     # --- setup ---
     args, checkpoint = parse_args(Args)
@@ -480,7 +456,7 @@ def main() -> None:
     buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, batch_seed, device)
     batch = buffer.new_batch(args.batch_size)
     metrics_batch = buffer.new_batch(args.batch_size)
-    progress = Progress()
+    progress = Progress.of(agent)
     obs, _ = env.reset(seed=args.seed)
 
     # all that a resumed run needs

@@ -259,7 +259,7 @@ class TD3Learner(Learner):
     """The rivals between updates, as in the loop of baselines/td3_continuous.py."""
 
     def __init__(self, args: td3.Args, agent: td3.Agent, buffer: ne.ReplayBuffer):
-        super().__init__(args, agent, td3.Progress(), buffer)
+        super().__init__(args, agent, td3.Progress.of(agent), buffer)
         self.weight_sums = td3.recency_weights(args, buffer.data.device)
         self.resets = td3.reset_steps(args)
 

@@ -76,7 +76,7 @@ def test_a_row_is_that_of_the_ne_script(silent):
         silence_some(agent)
         silence_some(without_ne)
     batch = sample(buffer)
-    ours = td3.measure(agent, batch, td3.Progress(), 7)
+    ours = td3.measure(agent, batch, td3.Progress.of(agent), 7)
     theirs = ne.measure(without_ne, batch, ne.Progress.of(without_ne), 7)
     assert list(ours) == list(theirs)
     assert str(ours) == str(theirs)  # NaN is not equal to itself

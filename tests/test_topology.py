@@ -319,8 +319,8 @@ def test_metrics_by_hand():
     mlp = ne.MLP([2, 4, 1], layer_norm=False)
     mlp.layers[0].mask[0, 0] = 0.0
     hidden = [torch.tensor([[0.0, 1.0, 3.0, 0.0], [0.0, 3.0, 1.0, 0.4]])]
-    row = topology.metrics(mlp.layers, hidden)
-    assert row["density"] == pytest.approx(11 / 12)
+    row = topology.activity(hidden)
+    assert topology.network_density(mlp.layers) == pytest.approx(11 / 12)
     assert (row["dormant"], row["active_ratio"]) == (1, 0.75)
     assert (row["active_ratio_0.025"], row["active_ratio_0.1"]) == (0.75, 0.75)
     assert row["fau"] == pytest.approx(5 / 8)

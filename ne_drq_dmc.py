@@ -426,9 +426,10 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList()
         for n_in, n_out in itertools.pairwise(sizes):
             self.layers.append(MaskedLinear(n_in, n_out))
+        norm = nn.LayerNorm if layer_norm else nn.Identity
         self.norms = nn.ModuleList()
         for n in sizes[1:-1]:
-            self.norms.append(nn.LayerNorm(n) if layer_norm else nn.Identity())
+            self.norms.append(norm(n))
 
     def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, sizes[0]) -> [(B, n), ...] of the hidden layers."""
@@ -930,6 +931,8 @@ def load_task(env_id: str, rng: np.random.RandomState) -> tuple:
         task.physics.render(8, 8)
         with task.physics.contexts.gl.make_current() as context:
             renderer = context.call(glGetString, GL_RENDERER).decode()
+    except ModuleNotFoundError as e:
+        die(f"pixels need more packages: pip install -r requirements-pixels.txt ({e})")
     except Exception as e:  # each backend has errors of its own
         packages = "libegl1 libgl1, or libosmesa6 with MUJOCO_GL=osmesa"
         if backend == "osmesa":

@@ -306,9 +306,10 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList()
         for n_in, n_out in itertools.pairwise(sizes):
             self.layers.append(MaskedLinear(n_in, n_out))
+        norm = nn.LayerNorm if layer_norm else nn.Identity
         self.norms = nn.ModuleList()
         for n in sizes[1:-1]:
-            self.norms.append(nn.LayerNorm(n) if layer_norm else nn.Identity())
+            self.norms.append(norm(n))
 
     def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, sizes[0]) -> [(B, n), ...] of the hidden layers."""

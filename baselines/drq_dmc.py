@@ -98,9 +98,10 @@ class Head(nn.Module):
         self.layers = nn.ModuleList()
         for n_in, n_out in itertools.pairwise(sizes):
             self.layers.append(nn.Linear(n_in, n_out))
+        norm = nn.LayerNorm if layer_norm else nn.Identity
         self.norms = nn.ModuleList()
         for n in sizes[1:-1]:
-            self.norms.append(nn.LayerNorm(n) if layer_norm else nn.Identity())
+            self.norms.append(norm(n))
         self.injected = False
 
     def make_room(self) -> None:

@@ -85,9 +85,10 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList()
         for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
             self.layers.append(nn.Linear(n_in, n_out))
+        norm = nn.LayerNorm if method == "layer-norm" else nn.Identity
         self.norms = nn.ModuleList()
         for n in sizes[1:-1]:
-            self.norms.append(nn.LayerNorm(n) if method == "layer-norm" else nn.Identity())
+            self.norms.append(norm(n))
         self.injected = False
         if method == "injection":  # what is in them until then is of no account
             self.frozen = copy.deepcopy(self.layers)

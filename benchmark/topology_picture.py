@@ -19,7 +19,7 @@ import drawing
 from drawing import COLOURS, die
 
 NETWORKS = ("actor", "critic")
-GIF_FRAMES = 40  # at most
+GIF_FRAMES = 20  # so that a page that shows it loads fast
 
 Masks = dict[str, list[dict[int, np.ndarray]]]  # {network: [of each layer: {step: (out, in)}]}
 
@@ -243,7 +243,7 @@ def animate(run: RunData, file: Path) -> None:
     if run.masks["actor"]:
         layers = run.masks["actor"]
         shown["actor"] = layers[len(layers) // 2]
-    figure = Figure(figsize=(3.7 * len(shown), 3), dpi=72, layout="constrained")
+    figure = Figure(figsize=(3.7 * len(shown), 3), dpi=64, layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
 
     def draw_frame(step: int) -> None:
@@ -257,7 +257,7 @@ def animate(run: RunData, file: Path) -> None:
     places = np.linspace(0, len(every) - 1, count).round().astype(int)
     steps = [every[place] for place in places]
     animation = FuncAnimation(figure, draw_frame, frames=steps, init_func=lambda: None)
-    animation.save(file, writer=PillowWriter(fps=8))
+    animation.save(file, writer=PillowWriter(fps=4))
 
 
 def topology(

@@ -560,3 +560,13 @@ def test_a_wrong_task_name_lists_near_ones(tmp_path, monkeypatch, capsys, script
     assert not (tmp_path / "run").exists()
     wanted = "--env-id must be a task of the DeepMind Control Suite"
     assert_one_line(err, f"{wanted}, got {name}", near)
+
+
+@BOTH
+def test_missing_packages_are_named_with_what_to_install(tmp_path, monkeypatch, capsys, script):
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "dm_control", None)  # as if it were not installed
+    flags = f"{SIZES} --env-id walker_walk --run-dir {tmp_path / 'run'}"
+    code, err = in_process(monkeypatch, capsys, flags, script)
+    assert code == 2
+    assert_one_line(err, "pip install -r requirements-pixels.txt")

@@ -1085,6 +1085,7 @@ def measure(agent: Agent, batch: Batch, progress: Progress, step: int) -> dict[s
 def fast_update(args: RunArgs, agent: Agent, batch: Batch):
     """The agent's update, compiled and captured if asked for."""
     if args.compile:
+        print("compiling losses and gradients, which takes half a minute or more")
         features = agent.critic_gradients(batch)[2]
         agent.critic_gradients = compiled(agent.critic_gradients, batch)
         agent.actor_gradients = compiled(agent.actor_gradients, batch, features)
@@ -1149,12 +1150,12 @@ def main() -> None:
         parts[f"{name}_optimizer"] = network.optimizer
     if checkpoint is not None:
         restore(parts, checkpoint)
-    update = fast_update(args, agent, batch)
     run = Run(args, args.env_id, args.total_timesteps, checkpoint)
     print(f"{args.env_id}, seed {args.seed}, {device}: {run.folder}\n{growth_plan(args)}")
     size = f"{args.frame_stack} frames of {args.frame_size}x{args.frame_size}"
     print(f"{env.n_act} actions, {size}, {env.backend}")
     evaluate_postponed(run, progress, agent, eval_env, args)
+    update = fast_update(args, agent, batch)
 
     # --- the loop ---
     rounds = growth_rounds(args)

@@ -963,6 +963,7 @@ def log_masks(run, agent: Agent, step: int) -> None:
 def fast_updates(args: Args, agent: Agent, batch: Batch):
     """The agent's two updates, compiled and captured if asked for."""
     if args.compile:
+        print("compiling losses and gradients, which takes half a minute or more")
         agent.critic_gradients = compiled(agent.critic_gradients, batch)
         agent.actor_gradients = compiled(agent.actor_gradients, batch)
     if batch.rows.is_cuda and args.cudagraphs:
@@ -1006,7 +1007,6 @@ def main() -> None:
     if checkpoint is not None:
         restore(parts, checkpoint)
         obs, _ = envs[progress.stretches % len(envs)].reset()
-    update_critic, update_actor = fast_updates(args, agent, batch)
     total_steps = args.total_timesteps
     if args.episodes_per_task is not None:
         total_steps = None  # not known in advance
@@ -1018,6 +1018,7 @@ def main() -> None:
         weights = copy.deepcopy(agent.actor.state_dict())
         progress.postponed.append((row, weights))
     evaluate_postponed(run, progress, agent.actor, eval_envs, args)
+    update_critic, update_actor = fast_updates(args, agent, batch)
 
     # --- the loop ---
     rounds = growth_rounds(args)

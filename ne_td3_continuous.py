@@ -774,6 +774,7 @@ def log_masks(run, agent: Agent, step: int) -> None:
 def fast_updates(args: Args, agent: Agent, batch: Batch):
     """The agent's two updates, compiled and captured if asked for."""
     if args.compile:
+        print("compiling losses and gradients, which takes half a minute or more")
         agent.critic_gradients = compiled(agent.critic_gradients, batch)
         agent.actor_gradients = compiled(agent.actor_gradients, batch)
     if batch.rows.is_cuda and args.cudagraphs:
@@ -814,12 +815,12 @@ def main() -> None:
     if checkpoint is not None:
         restore(parts, checkpoint)
         obs, _ = env.reset()
-    update_critic, update_actor = fast_updates(args, agent, batch)
     run = Run(args, args.env_id, args.total_timesteps, checkpoint)
     print(f"{args.env_id}, seed {args.seed}, {device}: {run.folder}\n{growth_plan(args)}")
     if checkpoint is None:
         log_masks(run, agent, step=0)
     evaluate_postponed(run, progress, agent.actor, eval_env, args)
+    update_critic, update_actor = fast_updates(args, agent, batch)
 
     # --- the loop ---
     rounds = growth_rounds(args)

@@ -454,12 +454,12 @@ def main() -> None:
         parts[f"{name}_optimizer"] = optimizer
     if checkpoint is not None:
         restore(parts, checkpoint)
-    update = fast_update(args, agent, batch)
     run = Run(args, args.env_id, args.total_timesteps, checkpoint)
     print(f"{args.env_id}, seed {args.seed}, {device}: {run.folder}\n{method_plan(args)}")
     size = f"{args.frame_stack} frames of {args.frame_size}x{args.frame_size}"
     print(f"{env.n_act} actions, {size}, {env.backend}")
     evaluate_postponed(run, progress, agent, eval_env, args)
+    update = fast_update(args, agent, batch)
 
     # --- the loop ---
     resets = reset_steps(args)

@@ -121,7 +121,6 @@ def main() -> None:
     if checkpoint is not None:
         restore(parts, checkpoint)
         obs, _ = envs[progress.stretches % len(envs)].reset()
-    update_critic, update_actor = fast_updates(args, agent, batch)
     total_steps = args.total_timesteps
     if args.episodes_per_task is not None:
         total_steps = None  # not known in advance
@@ -133,6 +132,7 @@ def main() -> None:
         weights = copy.deepcopy(agent.actor.state_dict())
         progress.postponed.append((row, weights))
     evaluate_postponed(run, progress, agent.actor, eval_envs, args)
+    update_critic, update_actor = fast_updates(args, agent, batch)
 
     # --- the loop ---
     episodic_return = 0.0

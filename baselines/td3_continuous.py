@@ -470,10 +470,10 @@ def main() -> None:
     if checkpoint is not None:
         restore(parts, checkpoint)
         obs, _ = env.reset()
-    update_critic, update_actor = fast_updates(args, agent, batch)
     run = Run(args, args.env_id, args.total_timesteps, checkpoint)
     print(f"{args.env_id}, seed {args.seed}, {device}: {run.folder}\n{method_plan(args)}")
     evaluate_postponed(run, progress, agent.actor, eval_env, args)
+    update_critic, update_actor = fast_updates(args, agent, batch)
 
     # --- the loop ---
     resets = reset_steps(args)

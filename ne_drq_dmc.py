@@ -25,6 +25,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -1320,6 +1321,8 @@ def command_line(Args: type, default):
     Groups = make_dataclass("Groups", kinds)
     description = sys.modules[Args.__module__].__doc__.splitlines()[0]
     flat = (tyro.conf.OmitArgPrefixes,)
+    if "--help" in sys.argv or "-h" in sys.argv:
+        os.environ["COLUMNS"] = str(min(99, shutil.get_terminal_size().columns))
     parsed = tyro.cli(Groups, default=Groups(**groups), description=description, config=flat)
     args = {}
     for group in vars(parsed).values():

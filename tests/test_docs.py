@@ -117,6 +117,19 @@ def test_every_flag_has_a_line_of_help():
             assert len(lines) == len(flags) + 1, f"{name}: {group.__name__}"
 
 
+@pytest.mark.parametrize("name", ["ne_td3_continuous", "ne_td3_continual", "ne_drq_dmc"])
+def test_help_has_groups_and_short_lines(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit):
+        module.command_line(module.Args, module.Args())
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    groups = re.findall(r"(\w+) options", text)
+    assert groups in (["Run", "TD3", "NE"], ["Run", "DrQ", "NE"])
+    assert max(len(line) for line in text.splitlines()) < 100
+
+
 # --- logged keys --------------------------------------------------------------
 def documented_keys(table: str) -> set[str]:
     """Keys of a table of metrics, with {actor,critic} written out."""

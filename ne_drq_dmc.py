@@ -567,8 +567,9 @@ class Network:
     def step(self, gradients: tuple[torch.Tensor, ...]) -> None:
         """One step of Adam on the active connections; `gradients` of `params` are dense."""
         gradient_of = dict(zip(self.params, gradients, strict=True))
-        for layer in self.layers:
-            gradient_of[layer.weight].mul_(layer.mask)
+        of_weights = [gradient_of[layer.weight] for layer in self.layers]
+        masks = [layer.mask for layer in self.layers]
+        torch._foreach_mul_(of_weights, masks)
         topology.adam_step(self.optimizer, gradients)
         # §B.2, weight clipping of neurons that were reset (Elsayed et al. 2024)
         for layer in self.layers:
@@ -578,8 +579,7 @@ class Network:
     @torch.no_grad()
     def update_targets(self, tau: float) -> None:
         """Polyak averaging: target <- (1 - tau) * target + tau * online."""
-        for p, target in zip(self.params, self.target_params, strict=True):
-            target.lerp_(p, tau)
+        torch._foreach_lerp_(self.target_params, self.params, tau)
 
 
 def layers_of(mlps: list) -> list[MaskedLinear]:
@@ -1004,7 +1004,7 @@ class PixelEnv:
                 if done:
                     break
             self.stack.append(self.render())
-        if not math.isfinite(total):
+        if not abs(total) < 3e38:  # NaN, or infinite as float32
             raise self.fault(f"the reward is {total}")
         return np.concatenate(self.stack), total, discount, done
 
@@ -1380,6 +1380,8 @@ def load_checkpoint(folder: Path, Args: type) -> dict:
         complete = set(checkpoint) == keys
     except FileNotFoundError:
         die(f"nothing to resume: there is no {path}", code=1)
+    except (NotADirectoryError, PermissionError) as e:
+        die(f"--resume must be a run's folder that can be read: {e}", code=1)
     except Exception:  # zipfile and torch raise many kinds for a damaged or foreign file
         die(f"{path} is damaged or not a checkpoint of {script}", code=1)
     if not complete:
@@ -1417,6 +1419,8 @@ def restore(parts: dict, checkpoint: dict) -> None:
 
 def state_of(part):
     """What `set_state` needs, made of tensors, numbers, strings, lists and dictionaries."""
+    if hasattr(part, "np_random"):  # an environment, whose resets may make it anew
+        part = part.np_random
     if isinstance(part, torch.Generator):
         return part.get_state()
     if isinstance(part, np.random.Generator):
@@ -1429,6 +1433,8 @@ def state_of(part):
 
 
 def set_state(part, state) -> None:
+    if hasattr(part, "np_random"):
+        part = part.np_random
     if isinstance(part, torch.Generator):
         part.set_state(state)
     elif isinstance(part, np.random.Generator):
@@ -1459,7 +1465,10 @@ class Run:
         self.stop_signal = None
         self.previous_handlers = {}
         try:
-            self.folder = Path(args.resume) if args.resume else self.new_folder(args.run_dir)
+            if args.resume is None:
+                self.folder = self.new_folder(args.run_dir)
+            else:
+                self.folder = Path(args.resume)
             self.lock = lock(self.folder)
             if checkpoint is None:
                 self.require_unused()
@@ -1470,8 +1479,9 @@ class Run:
             if args.track:
                 self.tracker = start_wandb(args, self.name, self.folder)
             self.writer = SummaryWriter(str(self.folder), purge_step=self.saved + 1)
-        except OSError as e:
-            die(f"--run-dir must be a folder that can be written: {e}")
+        except (OSError, UnicodeError) as e:
+            flag = "--run-dir" if args.resume is None else "--resume"
+            die(f"{flag} must be a folder that can be written: {e}")
         self.bar = tqdm(total=total_steps, initial=self.saved, disable=None)
         self.install_handlers()
 
@@ -1661,7 +1671,7 @@ def compiled(function, *inputs):
     try:
         function(*inputs)
     except Exception as e:  # of the compilers, which are many
-        reason = str(e).splitlines()[0]
+        reason = str(e).partition("\n")[0]
         die(f"--compile needs a C++ compiler (Debian: g++, python3-dev): {reason}", code=1)
     torch.compiler.set_stance(skip_guard_eval_unsafe=True)  # shapes stay as they are
     return function
@@ -1669,19 +1679,25 @@ def compiled(function, *inputs):
 
 def as_script(main) -> None:
     """Runs `main`; one line and a non-zero exit for what can go wrong around it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each row at once
+        # a log file shows each row at once; a name may have characters that cannot be printed
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     threading.excepthook = lambda failure: None  # TensorBoard's thread; `main` sees it too
     try:
         main()
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # of `| head`; as if it had been killed by SIGPIPE
+        raise SystemExit(141) from None
     except EnvironmentFault as e:
         die(f"{e}; --resume continues the last checkpoint, if there is one", 1)
     except OSError as e:  # a full disk, a folder that went away
         die(f"cannot write: {e}; make room and continue the last checkpoint with --resume", 1)
     except (MemoryError, RuntimeError) as e:
-        reason = str(e).splitlines()[0]
+        reason = str(e).partition("\n")[0]
         memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if not memory and "allocate memory" not in reason:
             raise

@@ -380,8 +380,9 @@ class Network:
     def step(self, gradients: tuple[torch.Tensor, ...]) -> None:
         """One step of Adam on the active connections; `gradients` of `params` are dense."""
         gradient_of = dict(zip(self.params, gradients, strict=True))
-        for layer in self.layers:
-            gradient_of[layer.weight].mul_(layer.mask)
+        of_weights = [gradient_of[layer.weight] for layer in self.layers]
+        masks = [layer.mask for layer in self.layers]
+        torch._foreach_mul_(of_weights, masks)
         topology.adam_step(self.optimizer, gradients)
         # §B.2, weight clipping of neurons that were reset (Elsayed et al. 2024)
         for layer in self.layers:
@@ -391,8 +392,7 @@ class Network:
     @torch.no_grad()
     def update_targets(self, tau: float) -> None:
         """Polyak averaging: target <- (1 - tau) * target + tau * online."""
-        for p, target in zip(self.params, self.target_params, strict=True):
-            target.lerp_(p, tau)
+        torch._foreach_lerp_(self.target_params, self.params, tau)
 
     def density(self) -> float:
         """Share of active connections."""
@@ -649,8 +649,11 @@ class CheckedEnv(gym.Wrapper):
     def reset(self, **kwargs):
         try:
             obs, info = self.env.reset(**kwargs)
-        except Exception as e:  # each environment has errors of its own
+            rng = self.np_random
+        except (Exception, SystemExit) as e:  # each environment has errors of its own
             raise self.fault(f"{type(e).__name__} in reset: {e}") from e
+        if not isinstance(rng, np.random.Generator | np.random.RandomState):  # cannot be saved
+            raise self.fault(f"np_random must be NumPy's, got {type(rng).__name__}")
         return self.checked(obs), info
 
     def step(self, action: np.ndarray):
@@ -659,15 +662,21 @@ class CheckedEnv(gym.Wrapper):
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
             reward = np.asarray(reward, dtype=np.float64).item()
-        except Exception as e:
+            terminated = bool(terminated)
+            truncated = bool(truncated)
+        except (Exception, SystemExit) as e:
             raise self.fault(f"{type(e).__name__} in step: {e}") from e
-        if not math.isfinite(reward):
+        if not abs(reward) < 3e38:  # NaN, or infinite as float32
             raise self.fault(f"the reward is {reward}")
-        return self.checked(obs), reward, bool(terminated), bool(truncated), info
+        return self.checked(obs), reward, terminated, truncated, info
 
     def checked(self, obs) -> np.ndarray:
         """A finite float32 copy (obs,)."""
-        obs = np.array(obs, dtype=np.float32)
+        try:
+            with np.errstate(over="ignore"):  # is infinite then
+                obs = np.asarray(obs).astype(np.float32, casting="same_kind")
+        except Exception as e:
+            raise self.fault(f"the observation is not made of floats: {e}") from e
         if obs.shape != self.observation_space.shape:
             expected = self.observation_space.shape
             raise self.fault(f"the observation has shape {obs.shape}, not {expected}")
@@ -696,16 +705,17 @@ def make_env(env_id: str, max_episode_steps: int) -> gym.Env:
 
         mujoco.set_mju_user_warning(mujoco_warning)
         env = gym.make(env_id)
-    except Exception as e:  # each environment has errors of its own
+        obs = env.observation_space
+        act = env.action_space
+    except (Exception, SystemExit) as e:  # each environment has errors of its own
         reason = " ".join(str(e).split())
         die(f"--env-id: cannot make {env_id}: {reason}")
-    obs = env.observation_space
-    act = env.action_space
     for space in (obs, act):
         flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        if not flat or space.dtype.kind != "f":
+        if not flat or space.shape[0] == 0 or space.dtype.kind != "f":
             die(f"--env-id must have flat Boxes of floats, got {obs} and {act}")
-    width = act.high - act.low
+    with np.errstate(over="ignore"):  # is infinite then
+        width = act.high - act.low
     if not (np.isfinite(width).all() and (width > 0).all()):
         die(f"--env-id must have actions between finite bounds, low < high, got {act}")
     env = CheckedEnv(gym.wrappers.TimeLimit(env, max_episode_steps), env_id)
@@ -810,7 +820,7 @@ def main() -> None:
     parts = {"agent": agent, "buffer": buffer, "progress": progress}
     parts["ne_rng"] = agent.ne_rng
     parts["noise_rng"] = noise_rng
-    parts["env_rng"] = env.unwrapped.np_random
+    parts["env_rng"] = env
     for name, network in agent.networks.items():
         parts[f"{name}_optimizer"] = network.optimizer
     if checkpoint is not None:
@@ -1045,6 +1055,8 @@ def load_checkpoint(folder: Path, Args: type) -> dict:
         complete = set(checkpoint) == keys
     except FileNotFoundError:
         die(f"nothing to resume: there is no {path}", code=1)
+    except (NotADirectoryError, PermissionError) as e:
+        die(f"--resume must be a run's folder that can be read: {e}", code=1)
     except Exception:  # zipfile and torch raise many kinds for a damaged or foreign file
         die(f"{path} is damaged or not a checkpoint of {script}", code=1)
     if not complete:
@@ -1082,6 +1094,8 @@ def restore(parts: dict, checkpoint: dict) -> None:
 
 def state_of(part):
     """What `set_state` needs, made of tensors, numbers, strings, lists and dictionaries."""
+    if hasattr(part, "np_random"):  # an environment, whose resets may make it anew
+        part = part.np_random
     if isinstance(part, torch.Generator):
         return part.get_state()
     if isinstance(part, np.random.Generator):
@@ -1094,6 +1108,8 @@ def state_of(part):
 
 
 def set_state(part, state) -> None:
+    if hasattr(part, "np_random"):
+        part = part.np_random
     if isinstance(part, torch.Generator):
         part.set_state(state)
     elif isinstance(part, np.random.Generator):
@@ -1124,7 +1140,10 @@ class Run:
         self.stop_signal = None
         self.previous_handlers = {}
         try:
-            self.folder = Path(args.resume) if args.resume else self.new_folder(args.run_dir)
+            if args.resume is None:
+                self.folder = self.new_folder(args.run_dir)
+            else:
+                self.folder = Path(args.resume)
             self.lock = lock(self.folder)
             if checkpoint is None:
                 self.require_unused()
@@ -1135,8 +1154,9 @@ class Run:
             if args.track:
                 self.tracker = start_wandb(args, self.name, self.folder)
             self.writer = SummaryWriter(str(self.folder), purge_step=self.saved + 1)
-        except OSError as e:
-            die(f"--run-dir must be a folder that can be written: {e}")
+        except (OSError, UnicodeError) as e:
+            flag = "--run-dir" if args.resume is None else "--resume"
+            die(f"{flag} must be a folder that can be written: {e}")
         self.bar = tqdm(total=total_steps, initial=self.saved, disable=None)
         self.install_handlers()
 
@@ -1326,7 +1346,7 @@ def compiled(function, *inputs):
     try:
         function(*inputs)
     except Exception as e:  # of the compilers, which are many
-        reason = str(e).splitlines()[0]
+        reason = str(e).partition("\n")[0]
         die(f"--compile needs a C++ compiler (Debian: g++, python3-dev): {reason}", code=1)
     torch.compiler.set_stance(skip_guard_eval_unsafe=True)  # shapes stay as they are
     return function
@@ -1334,19 +1354,25 @@ def compiled(function, *inputs):
 
 def as_script(main) -> None:
     """Runs `main`; one line and a non-zero exit for what can go wrong around it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each row at once
+        # a log file shows each row at once; a name may have characters that cannot be printed
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     threading.excepthook = lambda failure: None  # TensorBoard's thread; `main` sees it too
     try:
         main()
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # of `| head`; as if it had been killed by SIGPIPE
+        raise SystemExit(141) from None
     except EnvironmentFault as e:
         die(f"{e}; --resume continues the last checkpoint, if there is one", 1)
     except OSError as e:  # a full disk, a folder that went away
         die(f"cannot write: {e}; make room and continue the last checkpoint with --resume", 1)
     except (MemoryError, RuntimeError) as e:
-        reason = str(e).splitlines()[0]
+        reason = str(e).partition("\n")[0]
         memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if not memory and "allocate memory" not in reason:
             raise

@@ -115,7 +115,7 @@ def main() -> None:
     parts["method_rng"] = agent.method_rng
     parts["noise_rng"] = noise_rng
     for task, env in zip(args.tasks, envs, strict=True):
-        parts[f"{task} rng"] = env.unwrapped.np_random
+        parts[f"{task} rng"] = env
     for name, network in agent.networks.items():
         parts[f"{name}_optimizer"] = network.optimizer
     if checkpoint is not None:

@@ -464,7 +464,7 @@ def main() -> None:
     parts = {"agent": agent, "buffer": buffer, "progress": progress}
     parts["method_rng"] = agent.method_rng
     parts["noise_rng"] = noise_rng
-    parts["env_rng"] = env.unwrapped.np_random
+    parts["env_rng"] = env
     for name, network in agent.networks.items():
         parts[f"{name}_optimizer"] = network.optimizer
     if checkpoint is not None:

@@ -540,6 +540,61 @@ def test_what_is_no_flag_or_no_choice_is_refused(monkeypatch, capsys, flags):
     assert "Traceback" not in err
 
 
+def test_a_closed_stdout_and_stderr(whole, tmp_path):
+    """Nothing is written to a file that got the number of the one that was closed."""
+
+    def close() -> None:
+        os.close(1)
+        os.close(2)
+
+    folder = tmp_path / "run"
+    setup = signal_at(262, "SIGTERM")
+    process = launch(f"{RUN} --run-dir {folder}", setup, preexec_fn=close, stdout=None, stderr=None)
+    assert process.wait(timeout=120) == 0
+    assert run_here(f"--resume {folder}") == 0
+    assert_equal_runs(whole, folder)
+    process = launch("--help", preexec_fn=close, stdout=None, stderr=None)
+    assert process.wait(timeout=120) == 0
+
+
+def test_a_folder_whose_name_cannot_be_printed(whole, tmp_path):
+    folder = tmp_path / "läufe"
+    environment = {"PYTHONIOENCODING": "ascii"}
+    code, out, err = finish(launch(f"{RUN} --run-dir {folder}", env=environment))
+    assert code == 0, err
+    assert "l\\xe4ufe" in out
+    assert_equal_runs(whole, folder)
+    code, _, err = finish(launch("--help", env=environment))  # has a paragraph sign
+    assert code == 0, err
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path, monkeypatch, capsys):
+    flags = ["--run-dir", os.fsdecode(os.fsencode(tmp_path) + b"/l\xe4ufe")]
+    code, err = in_process(monkeypatch, capsys, words_of(RUN) + flags)
+    assert code == 2
+    assert_one_line(err, "--run-dir must be a folder that can be written", "surrogates")
+
+
+def test_nobody_reads_what_is_printed(tmp_path):
+    """As with `| head`: the exit code is that of a process killed by SIGPIPE."""
+    read, write = os.pipe()
+    os.close(read)
+    code, _, err = finish(launch(f"{RUN} --run-dir {tmp_path / 'run'}", stdout=write))
+    os.close(write)
+    assert (code, err) == (141, "")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), MemoryError("no\nroom")])
+def test_memory_that_is_not_there(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        ne.as_script(main)
+    assert stop.value.code == 1
+    assert_one_line(capsys.readouterr().err, "must fit in memory")
+
+
 def test_a_refusal_in_a_process_of_its_own():
     code, out, err = finish(launch("--prune-ratio 1"))
     assert (code, out) == (2, "")
@@ -552,7 +607,7 @@ def test_compile_without_a_compiler(tmp_path):
     code, _, err = finish(launch(flags, env=environment))
     assert code == 1
     assert_one_line(err, "--compile needs a C++ compiler", "g++")
-    assert not (tmp_path / "run").exists()
+    assert run_here(f"{RUN} --run-dir {tmp_path / 'run'}") == 0  # the folder can be used
 
 
 # --- wandb --------------------------------------------------------------------
@@ -575,6 +630,16 @@ class FakeWandb:
         if self.error:
             raise self.error
         self.given.append(options)
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "global_step")
+
+    def log(self, values: dict) -> None:
+        assert "global_step" in values
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
 
 
 def test_wandb_without_a_key(tmp_path, monkeypatch, capsys):
@@ -769,6 +834,33 @@ def test_checkpoints_that_do_not_fit_are_refused(interrupted, capsys, name):
 def test_missing_checkpoints(tmp_path, capsys):
     assert_not_resumed(tmp_path, capsys, "nothing to resume", str(tmp_path))
     assert_not_resumed(tmp_path / "no folder", capsys, "nothing to resume")
+
+
+def test_what_is_no_folder_of_a_run(interrupted, monkeypatch, capsys):
+    code = run_here(f"--resume {interrupted / 'checkpoint.pt'}")
+    assert code == 1
+    assert_one_line(capsys.readouterr().err, "--resume must be a run's folder", "Not a directory")
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ne.zipfile, "ZipFile", closed)
+        assert_not_resumed(interrupted, capsys, "--resume must be", "Permission denied")
+
+
+def test_a_folder_that_can_only_be_read_is_not_resumed(interrupted, capsys):
+    (interrupted / "lock").unlink()
+    (interrupted / "lock").mkdir()
+    assert run_here(f"--resume {interrupted}") == 2
+    assert_one_line(capsys.readouterr().err, "--resume must be a folder that can be written")
+
+
+def test_resumed_in_its_own_folder(whole, interrupted, monkeypatch):
+    """An empty name is the folder one is in."""
+    monkeypatch.chdir(interrupted)
+    assert run_here(["--resume", ""]) == 0
+    assert_equal_runs(whole, interrupted)
 
 
 SPOILT = {

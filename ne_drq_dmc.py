@@ -939,6 +939,8 @@ def load_task(env_id: str, rng: np.random.RandomState) -> tuple:
         if backend == "osmesa":
             packages = "libosmesa6"
         reason = " ".join(str(e).split())
+        # a renderer that is half made fails once more when it is deleted
+        sys.unraisablehook = lambda failure: None
         install = f"Debian: apt-get install {packages}"
         die(f"cannot render with MUJOCO_GL={backend} ({install}): {reason}")
     return task, f"{backend}, {renderer}"

@@ -4,6 +4,8 @@ For the state scripts, Gymnasium's ids `fake_task:Plain-v0` and so on (TASKS lis
 for the pixel scripts `load_task`, with the interface of dm_control's suite.
 """
 
+import random
+import sys
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -82,6 +84,10 @@ class NoWidth(Plain):
     action_space = gym.spaces.Box(low, high)
 
 
+class NoSize(Plain):
+    action_space = gym.spaces.Box(-1, 1, (0,), np.float32)
+
+
 class NoBounds(Plain):
     action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
 
@@ -150,6 +156,36 @@ class Raises(Faulty):
         raise ValueError("the simulation\nexploded")
 
 
+class NoNumbers(Faulty):
+    def fault(self, obs, reward):
+        return {"position": obs}, reward
+
+
+class Complex(Faulty):
+    def fault(self, obs, reward):
+        return obs + 1j, reward
+
+
+class HugeReward(Faulty):
+    """Finite, but not as float32."""
+
+    def fault(self, obs, reward):
+        return obs, 1e300
+
+
+class Exits(Faulty):
+    def fault(self, obs, reward):
+        sys.exit()
+
+
+class TwoEnds(Plain):
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.total_steps == 130:
+            terminated = np.array([True, False])
+        return obs, reward, terminated, truncated, info
+
+
 class RaisesInReset(Plain):
     """Its eighth episode does not start."""
 
@@ -197,6 +233,24 @@ class OldRandom(Plain):
         return self.position, {}
 
 
+class NewRandom(Plain):
+    """Makes a generator anew at each reset."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is None:
+            seed = int(self.np_random.integers(2**30))
+        return super().reset(seed=seed)
+
+
+class ForeignRandom(Plain):
+    """Draws from what cannot be saved."""
+
+    np_random = random.Random(0)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, dtype=np.float32), {}
+
+
 class Slow(Plain):
     """Takes ten milliseconds a step, so that a signal arrives within an episode."""
 
@@ -213,6 +267,7 @@ TASKS = [
     Integers,
     IntegerObs,
     NoWidth,
+    NoSize,
     NoBounds,
     Strict,
     NaNObs,
@@ -223,11 +278,18 @@ TASKS = [
     TwoRewards,
     NoReward,
     Raises,
+    NoNumbers,
+    Complex,
+    HugeReward,
+    Exits,
+    TwoEnds,
     RaisesInReset,
     NeverStarts,
     ArrayReward,
     Never,
     OldRandom,
+    NewRandom,
+    ForeignRandom,
     Slow,
 ]
 for task in TASKS:

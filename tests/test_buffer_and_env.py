@@ -184,6 +184,11 @@ FAULTS = [
     ("TwoRewards", "size 1"),
     ("NoReward", "reward"),
     ("Raises", "exploded"),
+    ("NoNumbers", "observation is not made of floats"),
+    ("Complex", "observation is not made of floats"),
+    ("HugeReward", "reward is 1e+300"),
+    ("Exits", "SystemExit in step"),
+    ("TwoEnds", "ambiguous"),
 ]
 
 
@@ -233,8 +238,8 @@ def test_an_environment_that_never_starts(tmp_path, monkeypatch, capsys):
     assert_one_line(err, "NeverStarts", "no start")
 
 
-@pytest.mark.parametrize("task", ["Integers", "IntegerObs", "NoWidth", "NoBounds"])
-def test_actions_that_are_no_floats_or_have_no_width(task, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("task", ["Integers", "IntegerObs", "NoWidth", "NoBounds", "NoSize"])
+def test_actions_that_are_no_floats_or_have_no_width_or_size(task, tmp_path, monkeypatch, capsys):
     code, err = run(capsys, tmp_path / "run", task)
     assert code == 2
     assert_one_line(err, "--env-id must have")
@@ -285,9 +290,17 @@ def test_an_environment_that_never_ends_is_cut_off(tmp_path, monkeypatch, capsys
     assert all(-60 < value < 60 for value in returns)  # of episodes of 30 steps
 
 
-def test_an_environment_of_another_kind_of_random_state(tmp_path, monkeypatch, capsys):
-    """np_random is a RandomState: saved, and the run resumes exactly."""
-    code, err = run(capsys, tmp_path / "whole", "OldRandom")
+def test_an_environment_whose_random_state_cannot_be_saved(tmp_path, monkeypatch, capsys):
+    code, err = run(capsys, tmp_path / "run", "ForeignRandom")
+    assert code == 1
+    assert_one_line(err, "ForeignRandom-v0: np_random must be NumPy's, got Random")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["OldRandom", "NewRandom"])
+def test_an_environment_of_another_kind_of_random_state(task, tmp_path, monkeypatch, capsys):
+    """np_random is a RandomState, or made anew: saved, and the run resumes exactly."""
+    code, err = run(capsys, tmp_path / "whole", task)
     assert code == 0, err
 
     def stop(buffer, *transition):
@@ -298,12 +311,22 @@ def test_an_environment_of_another_kind_of_random_state(tmp_path, monkeypatch, c
     add = ne.ReplayBuffer.add
     with monkeypatch.context() as patch:
         patch.setattr(ne.ReplayBuffer, "add", stop)
-        code, _ = run(capsys, tmp_path / "run", "OldRandom")
+        code, _ = run(capsys, tmp_path / "run", task)
     assert code == 130
     assert load(tmp_path / "run")["step"] == 80
     assert run_here(f"--resume {tmp_path / 'run'}") == 0
     whole = (tmp_path / "whole" / "results.csv").read_bytes()
     assert (tmp_path / "run" / "results.csv").read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["observation_space", "action_space"])
+def test_an_environment_without_spaces(name, monkeypatch, capsys):
+    env = fake_task.Plain()
+    monkeypatch.setattr(ne.gym, "make", lambda env_id: env)
+    monkeypatch.delattr(fake_task.Plain, name)
+    code, err = in_process(monkeypatch, capsys, "--env-id fake_task:Plain-v0")
+    assert code == 2
+    assert_one_line(err, "--env-id: cannot make", name)
 
 
 def test_an_id_that_does_not_exist(monkeypatch, capsys):

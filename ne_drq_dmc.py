@@ -1693,6 +1693,7 @@ def as_script(main) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # of `| head`; as if it had been killed by SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
         raise SystemExit(141) from None
     except EnvironmentFault as e:
         die(f"{e}; --resume continues the last checkpoint, if there is one", 1)

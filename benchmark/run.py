@@ -83,7 +83,7 @@ HOW = {"run_dir", "resume", "cuda", "cudagraphs", "compile", "torch_threads"}
 HOW |= {"checkpoint_frequency", "buffer_device", "track", "wandb_project_name", "wandb_entity"}
 
 # what says which run it is, which is not for --flags to say
-OWN_FLAGS = ("--env-id", "--seed", "--run-dir", "--resume")
+OWN_FLAGS = ("--env-id", "--tasks", "--seed", "--run-dir", "--resume")
 
 # functions of the scripts that fill in what depends on the run, before args.json is written
 FILL_IN = ("scale_to_task", "set_length", "check_sizes", "check_method", "scale_to_run")
@@ -175,6 +175,16 @@ def check_flags(flags: str) -> list[str]:
     return words
 
 
+def check_resources(args: Args) -> None:
+    """Raises: SystemExit(2)."""
+    if args.cpus is not None and args.cpus < 1:
+        die(f"--cpus must be at least 1, got {args.cpus}")
+    if args.gpus_per_run is not None and not 0 <= args.gpus_per_run <= 1:
+        die(f"--gpus-per-run must be in [0, 1], got {args.gpus_per_run}")
+    if not 0 <= args.memory_per_run < 1e6:
+        die(f"--memory-per-run must be in [0, 1,000,000], got {args.memory_per_run}")
+
+
 def job_of(run: matrix.Run, out: Path, more: list[str]) -> Job:
     flags = [*shlex.split(run.flags), *more]
     wanted, steps = parse(run.script, flags)
@@ -184,6 +194,7 @@ def job_of(run: matrix.Run, out: Path, more: list[str]) -> Job:
 
 def jobs_of(args: Args) -> list[Job]:
     """Raises: SystemExit(2) for a mistake on the command line, be it in --flags."""
+    check_resources(args)
     more = check_flags(args.flags)
     try:
         chosen = matrix.choose(
@@ -431,13 +442,18 @@ def start_ray(args: Args):
 
 
 def resources_of(ray, args: Args) -> dict:
-    """What a run takes up."""
+    """What a run takes up. Raises: SystemExit(1) for what is not there: Ray would wait for it."""
+    there = ray.cluster_resources()
     share = args.gpus_per_run
     if share is None:
-        there = ray.cluster_resources()
         gpus_per_cpu = there.get("GPU", 0) / max(there.get("CPU", 0), 1)
         share = min(1, int(gpus_per_cpu * 1e4) / 1e4)  # Ray counts in ten-thousandths
     memory = int(args.memory_per_run * 2**30) or None
+    if share > there.get("GPU", 0):
+        die("--gpus-per-run must be 0 where Ray finds no GPU", code=1)
+    most = there.get("memory", 0) / 2**30
+    if args.memory_per_run > most:
+        die(f"--memory-per-run must be at most {most:.1f}, the GiB that Ray finds", code=1)
     return {"num_cpus": 1, "num_gpus": share, "memory": memory}
 
 
@@ -494,7 +510,10 @@ def make_all(ray, jobs: list[Job], args: Args) -> dict[str, str]:
     task = ray.remote(make_run).options(**resources_of(ray, args), max_retries=10)
     for job in jobs:
         # here only, so other machines must see the same files
-        Path(job.folder).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Path(job.folder).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            die(f"--out must be a folder that can be written: {e}", code=1)
     pending = {}
     try:
         for job in jobs:

@@ -320,6 +320,12 @@ def test_a_printed_command_works_as_it_stands(tmp_path, monkeypatch, capsys):
         (["figure6", "--flags=--seed 4"], "say what run it is: --seed"),
         (["figure6", "--flags=--run_dir=x"], "say what run it is: --run_dir=x"),
         (["figure6", "--flags=--resume x"], "say what run it is: --resume"),
+        (["figure8", "--flags=--tasks Ant-v5"], "say what run it is: --tasks"),
+        (["figure6", "--cpus", "0"], "--cpus must be at least 1, got 0"),
+        (["figure6", "--gpus-per-run", "-1"], "--gpus-per-run must be in [0, 1], got -1.0"),
+        (["figure6", "--gpus-per-run", "nan"], "--gpus-per-run must be in [0, 1], got nan"),
+        (["figure6", "--memory-per-run", "-2"], "--memory-per-run must be in [0, "),
+        (["figure6", "--memory-per-run", "inf"], "--memory-per-run must be in [0, "),
         (["figure6", "--tasks", "Nope-v0"], "--tasks: there is no Nope-v0"),
         (["figure6", "--tasks", "nope:Nope-v0"], "--tasks: there is no nope:Nope-v0"),
         (["figure6", "--tasks", "HalfCheetah-v5", "Hopper-v99"], "there is no Hopper-v99"),
@@ -387,6 +393,38 @@ def test_without_ray_it_says_what_to_install(monkeypatch, capsys, tmp_path):
 
 
 # --- Ray ----------------------------------------------------------------------
+class FakeRay:
+    """A machine with two cores, 4 GiB and no GPU; no run is ever started on it."""
+
+    def cluster_resources(self) -> dict:
+        return {"CPU": 2.0, "memory": 4.0 * 2**30}
+
+    def remote(self, function):
+        return self
+
+    def options(self, **resources):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--gpus-per-run", "0.5"], "--gpus-per-run must be 0 where Ray finds no GPU"),
+        (["--memory-per-run", "5"], "--memory-per-run must be at most 4.0"),
+        ([], "--out must be a folder that can be written"),
+    ],
+)
+def test_what_can_never_start_is_one_line(monkeypatch, capsys, tmp_path, more, says):
+    """Ray would wait for ever for what no machine has."""
+    monkeypatch.setattr(run, "start_ray", lambda args: FakeRay())
+    file = tmp_path / "file"
+    file.touch()
+    given = ["figure6", "--seeds", "1", "--out", str(file), *more]
+    code, _, err = main(monkeypatch, capsys, *given)
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"error: {says}")
+
+
 def launch(out: Path, *args: str, **sizes) -> subprocess.Popen:
     command = [sys.executable, str(SCRIPT), *arguments(out, *args, **sizes)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

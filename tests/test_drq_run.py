@@ -497,6 +497,14 @@ def test_a_missing_gl_library_is_one_line_that_names_the_package(
     assert_one_line(err, package, f"MUJOCO_GL={backend}", "eglQueryString")
 
 
+def test_a_renderer_that_is_half_made():
+    """It fails once more, with a traceback, when it is deleted."""
+    environment = {"MUJOCO_GL": "glfw", "DISPLAY": ""}
+    code, _, err = finish(launch(SIZES, script=ne.__file__, env=environment))
+    assert code == 2
+    assert_one_line(err, "cannot render with MUJOCO_GL=glfw")
+
+
 # --- the real task ------------------------------------------------------------
 # Episodes of 8 frames, checkpoints at the end of each.
 REAL = SIZES + (

@@ -155,6 +155,7 @@ def test_a_killed_run_resumes_exactly(whole, tmp_path, setup, saved):
     assert (folder / "checkpoint.tmp").exists() == (setup is KILL_IN_SAVING)
     assert load(folder)["step"] == saved
     assert len(rows(folder)) > saved // 90  # rows that the resumed run redoes
+    time.sleep(1.1)  # TensorBoard orders its files by the second in their names
     assert run_here(f"--resume {folder}") == 0
     assert_equal_runs(whole, folder)
     events = EventAccumulator(str(folder))

@@ -87,6 +87,11 @@ def read_rows(file: Path, columns: list[str]) -> list[dict[str, str]]:
         die(f"{file} is damaged: it holds NUL bytes")
     if not rows:
         die(f"{file} has no rows")
+    complete = text.endswith("\n")
+    for row in rows:
+        complete &= None not in row and None not in row.values()  # too many values, too few
+    if not complete:
+        die(f"{file} is damaged: a row of it is not complete")
     missing = [column for column in columns if column not in rows[0]]
     if missing:
         die(f"{file} has no column {', '.join(missing)}")

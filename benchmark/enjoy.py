@@ -87,6 +87,8 @@ def read(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         die(f"there is no {path}")
+    except (NotADirectoryError, PermissionError) as e:
+        die(f"cannot read {path}: {e.strerror}")
     except Exception:  # zipfile and torch raise many kinds for a damaged or foreign file
         die(f"{path} is damaged, or neither a checkpoint nor a policy")
     if damaged:
@@ -107,6 +109,8 @@ def load_policy(path: Path) -> Policy:
         weights = acting_weights(content["parts"]["agent"])
         returns = last_returns(path.parent / "results.csv", content)
         return Policy(content["script"], content["args"], content["step"], returns, weights)
+    except OSError as e:
+        die(f"cannot read {path.parent / 'results.csv'}: {e.strerror}")
     except (AttributeError, KeyError, TypeError, ValueError):
         die(f"{path} is neither a checkpoint of these scripts nor a policy of them")
 
@@ -146,6 +150,8 @@ def export(policy: Policy, path: Path) -> None:
         weights[name] = value.clone() if torch.is_tensor(value) else value
     content["weights"] = weights
     make_folder(path, "--export")
+    if path.name == "checkpoint.pt":
+        die(f"--export must not be a checkpoint.pt, which a run continues from, got {path}")
     try:
         torch.save(content, path)
     except (OSError, RuntimeError) as e:  # torch hides the reason
@@ -388,5 +394,8 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # of `| head`; as if it had been killed by SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
+        raise SystemExit(141) from None

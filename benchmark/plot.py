@@ -9,6 +9,7 @@ Run:   python benchmark/plot.py curves "NE=runs/a,runs/b" "TD3=runs/c" --out cur
 
 import functools
 import signal
+import sys
 from pathlib import Path
 
 import tyro
@@ -172,4 +173,6 @@ def main() -> None:
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may not be printable
     main()

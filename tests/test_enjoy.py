@@ -322,3 +322,31 @@ def test_fault_of_an_environment_is_one_line(tmp_path, command):
     agent, args = new_agent("ne_td3_continuous", env_id="fake_task:NaNObs-v0")
     save(tmp_path, "ne_td3_continuous", agent, args)
     refused(command(tmp_path, "--episodes", 8), "NaNObs-v0", "the observation is NaN", code=1)
+
+
+def test_says_why_a_file_cannot_be_read(run, command, monkeypatch):
+    within = run / "checkpoint.pt" / "checkpoint.pt"
+    refused(command(within), f"cannot read {within}", "Not a directory")
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(enjoy.zipfile, "ZipFile", closed)
+    refused(command(run), "cannot read", "Permission denied")
+
+
+def test_the_checkpoint_of_a_run_is_not_replaced(run, command):
+    """A run could not be resumed from a small policy."""
+    before = (run / "checkpoint.pt").read_bytes()
+    refused(command(run, "--export", run / "checkpoint.pt"), "--export must not be")
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+
+def test_nobody_reads_what_is_printed(run):
+    """As with `| head`: the exit code is that of a process killed by SIGPIPE."""
+    read, write = os.pipe()
+    os.close(read)
+    program = [sys.executable, enjoy.__file__, str(run), "--episodes", "1"]
+    done = subprocess.run(program, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -204,6 +205,8 @@ def test_step_labels(step, label):
         ("NE={tmp}/infinite", "holds inf in ne/critic/density, row 1"),
         ("NE={tmp}/gap", "holds nan in ne/critic/active_ratio_0.1, row 2"),
         ("NE={tmp}/latin", "cannot read"),
+        ("NE={tmp}/cut", "damaged: a row of it is not complete"),
+        ("NE={tmp}/fewer", "damaged: a row of it is not complete"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, run, says):
@@ -213,7 +216,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, run, says):
     write_run(tmp_path / "empty", [])
     write_run(tmp_path / "text", [1000], value="many")
     write_run(tmp_path / "backwards", [2000, 1000])
-    changes = {"nul": [{}, {}], "latin": [{}]}
+    changes = {"nul": [{}, {}], "latin": [{}], "cut": [{}, {}], "fewer": [{}, {}]}
     changes["nan"] = [{}, {"eval/return_mean": "nan"}]
     changes["infinite"] = [{"ne/critic/density": "inf"}]
     changes["gap"] = [{}, {"ne/critic/active_ratio_0.1": "nan"}, {}]
@@ -223,6 +226,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, run, says):
         file.truncate(file.tell() + 100)
     with open(tmp_path / "latin" / "results.csv", "ab") as file:
         file.write(b"\xe9")
+    cut = tmp_path / "cut" / "results.csv"
+    cut.write_bytes(cut.read_bytes()[:-3])
+    fewer = tmp_path / "fewer" / "results.csv"
+    fewer.write_text(fewer.read_text().rstrip().rpartition(",")[0] + "\n")
     with pytest.raises(SystemExit) as stop:
         plot.curves((run.format(tmp=tmp_path),), out=tmp_path / "curves.png")
     error = capsys.readouterr().err
@@ -253,6 +260,15 @@ def test_an_unknown_picture_format_is_refused(capsys, monkeypatch, arguments):
         plot.main()
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: --out must end in .png, got x.txt\n"
+
+
+def test_a_name_that_cannot_be_printed(tmp_path):
+    run = write_run(tmp_path / "run", [1000, 2000])
+    out = tmp_path / "läufe.png"
+    command = [sys.executable, SCRIPT, "curves", f"NE={run}", "--out", out]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    subprocess.run(command, env=environment, check=True)
+    assert out.exists()
 
 
 def test_help_may_be_cut_off():

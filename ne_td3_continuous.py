@@ -1200,7 +1200,10 @@ class Run:
         for stream in (1, 2):
             try:
                 os.write(stream, b"")
-            except OSError:  # the terminal is closed, nobody reads what would be printed
+                closed = number == signal.SIGHUP and os.isatty(stream)
+            except OSError:
+                closed = True
+            if closed:  # the terminal; nobody reads what would be printed
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         os.write(2, b"\nfinishing the episode, then saving (once more: stop at once)\n")
 

@@ -1531,8 +1531,9 @@ def start_wandb(args, name: str, folder: Path):
         )
         tracker.define_metric("*", step_metric="global_step")
         return tracker
-    except (ImportError, AttributeError):  # a folder named wandb is a module without init
-        die("--track needs the package wandb (pip install wandb), and nothing else of that name")
+    except (ImportError, AttributeError) as e:  # a folder named wandb is a module without init
+        wanted = "the package wandb (pip install wandb), and nothing else of that name"
+        die(f"--track needs {wanted}: {e}")
     except Exception as e:  # no key, no network, no such team
         reason = " ".join(str(e).split())
         die(f"--track: {reason} (WANDB_MODE=offline needs no account)")

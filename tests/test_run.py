@@ -620,6 +620,16 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch, capsys):
     assert_one_line(err, "--track needs the package wandb")
 
 
+def test_wandb_without_a_package_of_its_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "wandb.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    flags = f"{RUN} --track --run-dir {tmp_path / 'run'}"
+    code, err = in_process(monkeypatch, capsys, flags)
+    assert code == 2
+    assert_one_line(err, "--track needs the package wandb", "no_such_package")
+
+
 class FakeWandb:
     """In place of the package: notes what `init` was given, or fails."""
 

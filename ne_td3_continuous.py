@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -1050,8 +1051,10 @@ def load_checkpoint(folder: Path, Args: type) -> dict:
         made_by = checkpoint["script"]
         known_flags = set(checkpoint["args"]) == set(vars(Args()))
         args = json.dumps(checkpoint["args"], indent=2)
-        rows = checkpoint["results_bytes"]
-        keys = {"script", "args", "step", "results_bytes", "name", "finished", "parts"}
+        size = checkpoint["results_bytes"]
+        checksum = checkpoint["results_crc"]
+        keys = {"script", "args", "step", "name", "finished", "parts"}
+        keys |= {"results_bytes", "results_crc"}
         complete = set(checkpoint) == keys
     except FileNotFoundError:
         die(f"nothing to resume: there is no {path}", code=1)
@@ -1069,13 +1072,15 @@ def load_checkpoint(folder: Path, Args: type) -> dict:
         die(f"{path} is of another version of {script}, with other flags", code=1)
     try:
         same_args = (folder / "args.json").read_bytes() == args.encode()
-        rows_there = (folder / "results.csv").stat().st_size
+        rows = (folder / "results.csv").read_bytes()
     except OSError as e:
         die(f"{path} needs what is beside it: {e}", code=1)
     if not same_args:
         die(f"{folder / 'args.json'} is damaged or of another run than {path}", code=1)
-    if rows_there < rows:
+    if len(rows) < size:
         die(f"{folder / 'results.csv'} has fewer rows than {path} counts on", code=1)
+    if zlib.crc32(rows[:size]) != checksum:
+        die(f"{folder / 'results.csv'} is damaged: its checksum is wrong", code=1)
     return checkpoint
 
 
@@ -1246,6 +1251,7 @@ class Run:
         content["parts"] = {name: state_of(part) for name, part in parts.items()}
         temporary = self.folder / "checkpoint.tmp"
         try:
+            content["results_crc"] = zlib.crc32((self.folder / "results.csv").read_bytes())
             self.writer.flush()
             with open(temporary, "wb") as file:
                 torch.save(content, file)

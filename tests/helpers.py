@@ -182,7 +182,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def load(folder: Path) -> dict:
-    """A run's checkpoint: script, args, step, results_bytes, name, finished, parts."""
+    """A run's checkpoint: script, args, step, results_bytes, results_crc, name, ..."""
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 

@@ -241,6 +241,7 @@ def test_an_unknown_method_is_refused(monkeypatch, capsys):
 
 def test_a_checkpoint_of_the_ne_script_is_refused(tmp_path, monkeypatch, capsys):
     content = {"script": "ne_td3_continuous", "args": {}, "step": 1, "results_bytes": 0}
+    content["results_crc"] = 0
     content |= {"name": "run", "finished": False, "parts": {}}
     torch.save(content, tmp_path / "checkpoint.pt")
     code, err = in_process(monkeypatch, capsys, ["--resume", str(tmp_path)], td3)

@@ -906,6 +906,17 @@ def test_fewer_rows_than_the_checkpoint_counts_on_are_refused(interrupted, capsy
     assert not path.exists()
 
 
+@pytest.mark.parametrize("place", [0, 40, -3])
+def test_rows_with_a_flipped_bit_are_refused(interrupted, capsys, place):
+    path = interrupted / "results.csv"
+    content = bytearray(path.read_bytes()[: load(interrupted)["results_bytes"]])
+    content[place] ^= 4
+    path.write_bytes(content)
+    assert_not_resumed(interrupted, capsys, "results.csv is damaged")
+    path.write_bytes(bytes(len(content)))  # as after a power cut
+    assert_not_resumed(interrupted, capsys, "results.csv is damaged")
+
+
 def test_rows_after_the_checkpoint_are_cut_off(whole, interrupted):
     with open(interrupted / "results.csv", "a") as file:
         file.write("280,half of a r")

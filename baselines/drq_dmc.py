@@ -13,14 +13,18 @@ import contextlib
 import copy
 import itertools
 import math
+import sys
 import time
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python baselines/NAME.py
 
 import utils_topology as topology
 from ne_drq_dmc import (

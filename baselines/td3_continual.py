@@ -11,13 +11,17 @@ layers of td3_continuous.py. What is not the agent's is imported from ne_td3_con
 
 import copy
 import itertools
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python baselines/NAME.py
 
 from baselines import td3_continuous
 from baselines.td3_continuous import reset

@@ -11,14 +11,18 @@ layers of its own. What is not the agent's or a method's is imported from that s
 
 import copy
 import math
+import sys
 import time
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python baselines/NAME.py
 
 import utils_topology as topology
 from ne_td3_continuous import (

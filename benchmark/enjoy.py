@@ -105,7 +105,11 @@ def load_policy(path: Path) -> Policy:
         if content["script"] not in SCRIPTS:
             die(f"{path} is of {content['script']}, which is none of {', '.join(SCRIPTS)}")
         if "parts" not in content:
-            return Policy(**content)
+            policy = Policy(**content)
+            described(policy)  # all of it must be there
+            if not all(isinstance(value, torch.Tensor | bool) for value in policy.weights.values()):
+                raise TypeError("weights must be tensors")
+            return policy
         weights = acting_weights(content["parts"]["agent"])
         returns = last_returns(path.parent / "results.csv", content)
         return Policy(content["script"], content["args"], content["step"], returns, weights)
@@ -192,8 +196,12 @@ def rebuild(policy: Policy, path: Path) -> Stage:
     module = importlib.import_module(of_agent)
     script = importlib.import_module(of_environments)
     args = module.Args()
-    for name in vars(args):  # a flag that is newer than the file has its default
-        setattr(args, name, policy.args.get(name, getattr(args, name)))
+    for name, default in vars(args).items():
+        value = policy.args.get(name, default)  # a flag that is newer than the file
+        if default is not None and type(value) is not type(default):
+            die(f"{path}: {name} must be a {type(default).__name__}, got {value!r}")
+        setattr(args, name, value)
+    script.check_limits(args)
     if policy.script in PIXELS:
         env = script.PixelEnv(args)
         envs = {args.env_id: env}

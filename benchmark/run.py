@@ -169,6 +169,8 @@ def check_flags(flags: str) -> list[str]:
     except ValueError as e:
         die(f"--flags: {e}, got {flags}")
     for word in words:
+        if word in ("-h", "--help"):
+            die("--flags must be flags of a run, got --help: ask the script for it")
         flag = word.partition("=")[0].replace("_", "-")
         if flag in OWN_FLAGS:
             die(f"--flags must not have {', '.join(OWN_FLAGS)}, which say what run it is: {word}")

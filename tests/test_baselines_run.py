@@ -254,3 +254,11 @@ def test_another_method_cannot_be_given_to_a_run_that_is_resumed(whole, monkeypa
     code, err = in_process(monkeypatch, capsys, arguments, td3)
     assert code == 2
     assert_one_line(err, "--method must be redo or left out with --resume, got none")
+
+
+@pytest.mark.parametrize("name", ["td3_continuous", "td3_continual", "drq_dmc"])
+def test_runs_as_a_file_too(name, tmp_path):
+    command = [sys.executable, ROOT / "baselines" / f"{name}.py", "--gamma", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "--gamma must be in [0, 1], got 3.0")

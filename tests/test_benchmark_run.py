@@ -313,6 +313,7 @@ def test_a_printed_command_works_as_it_stands(tmp_path, monkeypatch, capsys):
         (["figure6", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["figure6", "--methods", "static_25"], "--methods must be of ne_td3, td3_dense"),
         (["figure6", "--flags=--tau=2"], "--tau must be in [0, 1], got 2.0"),
+        (["figure6", "--flags=--help"], "--flags must be flags of a run, got --help"),
         (["figure6", "--flags='"], "--flags: No closing quotation, got '"),
         (["figure6", "--flags=--env-id Hopper-v5"], "say what run it is: --env-id"),
         (["figure6", "--flags=--env-id=Hopper-v5"], "say what run it is: --env-id=Hopper-v5"),

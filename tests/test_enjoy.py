@@ -297,6 +297,29 @@ def test_refuses_weights_that_do_not_fit(run, tmp_path, command):
     refused(command(small), "has the weights", "actor.layers.0.bias")
 
 
+def test_refuses_what_has_other_types(run, tmp_path, command):
+    small = tmp_path / "small.pt"
+    command(run, "--export", small)
+    good = torch.load(small, weights_only=True)
+    for part, value in (
+        ("args", 3),
+        ("step", "last"),
+        ("returns", [1.0]),
+        ("returns", {PLAIN: [1.0]}),
+        ("weights", None),
+        ("weights", good["weights"] | {"actor.layers.0.bias": "none"}),
+    ):
+        torch.save(good | {part: value}, small)
+        refused(command(small), "is neither a checkpoint of these scripts nor a policy of them")
+    for name, value, word in (
+        ("actor_hidden", 256, "actor_hidden must be a tuple, got 256"),
+        ("env_id", None, "env_id must be a str, got None"),
+        ("actor_hidden", (-1, 8), "--actor-hidden must be in [1, 65,536], got -1"),
+    ):
+        torch.save(good | {"args": good["args"] | {name: value}}, small)
+        refused(command(small), word)
+
+
 def test_refuses_flags(run, tmp_path, command):
     refused(command(run, "--video", "a.avi"), "--video must end in .mp4 or .gif, got a.avi")
     refused(command(run, "--episodes", 0), "--episodes must be at least 1, got 0")

@@ -14,6 +14,7 @@ surrounds a run, knows nothing of the algorithm, and is the same text in every s
 import copy
 import csv
 import fcntl
+import functools
 import gc
 import itertools
 import json
@@ -316,7 +317,7 @@ class MLP(nn.Module):
     def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, sizes[0]) -> [(B, n), ...] of the hidden layers."""
         hidden = []
-        for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
+        for layer, norm in zip(self.layers, self.norms, strict=False):  # not the last
             x = F.relu(norm(layer(x)), inplace=True)
             hidden.append(x)
         return hidden
@@ -372,7 +373,10 @@ class Network:
         for target in targets:
             self.target_layers += target.layers
             self.target_params += target.parameters()
-        self.optimizer = topology.adam(self.params, learning_rate)
+        number_of = {p: n for n, p in enumerate(self.params)}
+        self.weights = [number_of[layer.weight] for layer in self.layers]  # numbers in `params`
+        self.masks = [layer.mask for layer in self.layers]
+        self.optimizer = topology.Adam(self.params, learning_rate)
         for layer in self.layers:
             # a CUDA graph is captured before the first reset
             layer.clipped = layer.mask.is_cuda
@@ -380,11 +384,9 @@ class Network:
     @torch.no_grad()
     def step(self, gradients: tuple[torch.Tensor, ...]) -> None:
         """One step of Adam on the active connections; `gradients` of `params` are dense."""
-        gradient_of = dict(zip(self.params, gradients, strict=True))
-        of_weights = [gradient_of[layer.weight] for layer in self.layers]
-        masks = [layer.mask for layer in self.layers]
-        torch._foreach_mul_(of_weights, masks)
-        topology.adam_step(self.optimizer, gradients)
+        of_weights = [gradients[n] for n in self.weights]
+        torch._foreach_mul_(of_weights, self.masks)
+        self.optimizer.apply(gradients)
         # §B.2, weight clipping of neurons that were reset (Elsayed et al. 2024)
         for layer in self.layers:
             if layer.clipped:
@@ -787,8 +789,9 @@ def fast_updates(args: Args, agent: Agent, batch: Batch):
     """The agent's two updates, compiled and captured if asked for."""
     if args.compile:
         print("compiling losses and gradients, which takes half a minute or more")
-        agent.critic_gradients = compiled(agent.critic_gradients, batch)
-        agent.actor_gradients = compiled(agent.actor_gradients, batch)
+        of_critic = compiled(agent.critic_gradients, batch)
+        of_actor = compiled(agent.actor_gradients, batch)
+        agent.critic_gradients, agent.actor_gradients = of_critic, of_actor
     if batch.rows.is_cuda and args.cudagraphs:
         return CudaGraph(agent.update_critic), CudaGraph(agent.update_actor)
     return agent.update_critic, agent.update_actor
@@ -1239,7 +1242,8 @@ class Run:
 
     def require_finite(self, step: int, *values) -> None:
         for value in values:
-            if not torch.as_tensor(value).isfinite().all():
+            library = torch if torch.is_tensor(value) else np
+            if not library.isfinite(value).all():
                 self.fail(step, "a loss or a weight is NaN or infinite")
 
     def save(self, step: int, parts: dict, finished: bool = False) -> None:
@@ -1347,19 +1351,19 @@ class CudaGraph:
         return self.losses
 
 
-def compiled(function, *inputs):
-    """`function` of such inputs as one graph. Raises: SystemExit(1) without a compiler."""
-    torch.compiler.set_stance("default")  # what is below binds earlier functions only
+def compiled(method, *inputs):
+    """A method, as one graph for such inputs. Raises: SystemExit(1) without a compiler."""
     torch._dynamo.config.trace_autograd_ops = True
-    on_cpu = not torch.cuda.is_available()
-    function = torch.compile(function, fullgraph=True, options={"cpp_wrapper": on_cpu})
+    options = {"cpp_wrapper": not torch.cuda.is_available()}
+    options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe  # shapes stay as they are
     try:
-        function(*inputs)
+        graph = torch.compile(method, fullgraph=True, options=options)
+        graph = graph.aot_compile((inputs, {}))
+        graph(method.__self__, *inputs)
     except Exception as e:  # of the compilers, which are many
         reason = str(e).partition("\n")[0]
         die(f"--compile needs a C++ compiler (Debian: g++, python3-dev): {reason}", code=1)
-    torch.compiler.set_stance(skip_guard_eval_unsafe=True)  # shapes stay as they are
-    return function
+    return functools.partial(graph, method.__self__)
 
 
 def as_script(main) -> None:

@@ -116,7 +116,7 @@ class Head(nn.Module):
     def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, sizes[0]) -> [(B, n), ...] of the hidden layers that learn."""
         hidden = []
-        for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
+        for layer, norm in zip(self.layers, self.norms, strict=False):  # not the last
             x = F.relu(norm(layer(x)))
             hidden.append(x)
         return hidden
@@ -207,7 +207,7 @@ class Agent(Policy):
                 self.params[name] += head.norms.parameters()
         self.optimizers = {}
         for name, params in self.params.items():
-            self.optimizers[name] = topology.adam(params, args.learning_rate)
+            self.optimizers[name] = topology.Adam(params, args.learning_rate)
 
     def precision(self):
         """For losses: bfloat16 where autocast holds that to be safe, if asked for."""
@@ -264,7 +264,7 @@ class Agent(Policy):
         in_layout = []  # of the parameters; the encoder's are channels last
         for p, gradient in zip(self.params[name], gradients, strict=True):
             in_layout.append(torch.empty_like(p).copy_(gradient))
-        topology.adam_step(self.optimizers[name], in_layout)
+        self.optimizers[name].apply(in_layout)
 
     def update(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One step of critic and encoder, of the policy, and of the targets.
@@ -512,8 +512,7 @@ def main() -> None:
         if args.method == "injection" and step == args.injection_step:
             inject(agent)
             if args.compile:  # what is compiled is the networks before
-                torch.compiler.reset()
-                torch.compiler.set_stance("default")
+                del agent.critic_gradients, agent.actor_gradients
             update = fast_update(args, agent, batch)
 
         # evaluate and log

@@ -101,7 +101,7 @@ class MLP(nn.Module):
     def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, sizes[0]) -> [(B, n), ...] of the hidden layers that learn."""
         hidden = []
-        for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
+        for layer, norm in zip(self.layers, self.norms, strict=False):  # not the last
             x = F.relu(norm(layer(x)))
             hidden.append(x)
         return hidden
@@ -168,11 +168,11 @@ class Network:
         for mlp in mlps:
             self.params += mlp.layers.parameters()
             self.params += mlp.norms.parameters()
-        self.optimizer = topology.adam(self.params, learning_rate)
+        self.optimizer = topology.Adam(self.params, learning_rate)
 
     def step(self, gradients: tuple[torch.Tensor, ...]) -> None:
         """One step of Adam; `gradients` are those of `params`."""
-        topology.adam_step(self.optimizer, gradients)
+        self.optimizer.apply(gradients)
 
     @torch.no_grad()
     def update_targets(self, tau: float) -> None:
@@ -531,8 +531,7 @@ def main() -> None:
         if args.method == "injection" and step == args.injection_step:
             inject(agent)
             if args.compile:  # what is compiled is the networks before
-                torch.compiler.reset()
-                torch.compiler.set_stance("default")
+                del agent.critic_gradients, agent.actor_gradients
             update_critic, update_actor = fast_updates(args, agent, batch)
 
         # evaluate and log

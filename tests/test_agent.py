@@ -575,9 +575,7 @@ def test_reset_starts_anew_inside_the_masks(layer_norm):
 # --- torch.compile ------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_compiled_gradients_are_those_of_the_eager_agent(monkeypatch, layer_norm):
-    # it would stay set for the tests to come
-    monkeypatch.setattr(torch.compiler, "set_stance", lambda **_: None)
+def test_compiled_gradients_are_those_of_the_eager_agent(layer_norm):
     agent, buffer = make_agent(layer_norm=layer_norm)
     Rounds(agent).train(agent, buffer, updates=20, rounds=2)
     eager = copy.deepcopy(agent)

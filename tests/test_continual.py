@@ -612,9 +612,7 @@ def test_cuda_graphs_agree_with_eager_over_batches_of_several_tasks(monkeypatch)
 
 @pytest.mark.slow
 @SCRIPTS
-def test_compiled_gradients_are_those_of_the_eager_agent(script, monkeypatch):
-    # it would stay set for the tests to come
-    monkeypatch.setattr(torch.compiler, "set_stance", lambda **_: None)
+def test_compiled_gradients_are_those_of_the_eager_agent(script):
     agent, buffer = make_agent(script, compile=True)
     train(agent, buffer, 20)
     eager = copy.deepcopy(agent)

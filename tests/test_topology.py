@@ -23,7 +23,7 @@ def trained_mlp(sizes: list[int], density: float, seed: int = 0):
     torch.manual_seed(seed)
     mlp = ne.MLP(sizes, layer_norm=False)
     topology.sparsify(mlp.layers, density, "erdos-renyi", generator(seed))
-    adam = topology.adam(list(mlp.parameters()), 3e-4)
+    adam = topology.Adam(list(mlp.parameters()), 3e-4)
     for layer in mlp.layers:
         for p, active in ((layer.weight, layer.mask), (layer.bias, torch.ones_like(layer.bias))):
             adam.state[p]["step"].fill_(7)
@@ -243,7 +243,7 @@ def test_growth_picks_the_top_k_of_those_with_a_gradient(
 ):
     rng = generator(seed)
     layer = ne.MaskedLinear(n_in, n_out)
-    adam = topology.adam([layer.weight, layer.bias], 3e-4)
+    adam = topology.Adam([layer.weight, layer.bias], 3e-4)
     layer.mask.copy_(torch.rand(n_out, n_in, generator=rng) < density)
     score = torch.randperm(n_out * n_in, generator=rng).view(n_out, n_in) + 1.0  # no ties
     score[torch.rand(n_out, n_in, generator=rng) < zeros] = 0.0
@@ -295,7 +295,7 @@ def test_the_first_step_of_a_birth_is_no_longer_than_adams_own():
     scores = [torch.ones_like(layer.weight) for layer in mlp.layers]
     topology.grow(mlp.layers, scores, 0.5, adam)
     gradients = [torch.full_like(p, 1.2) for p in mlp.parameters()]  # as large as before
-    topology.adam_step(adam, gradients)
+    adam.apply(gradients)
     for layer, mask in zip(mlp.layers, masks, strict=True):
         born = (layer.mask - mask) == 1
         assert layer.weight[born].abs().max() < 3e-4
@@ -448,11 +448,11 @@ def test_adam_step_is_the_step_of_torch_to_the_last_bit():
     ours = torch.nn.Linear(5, 4)
     theirs = torch.nn.Linear(5, 4)
     theirs.load_state_dict(ours.state_dict())
-    adam = topology.adam(list(ours.parameters()), 1e-3)
+    adam = topology.Adam(list(ours.parameters()), 1e-3)
     reference = torch.optim.Adam(theirs.parameters(), 1e-3, fused=True)
     for _ in range(20):
         gradients = [torch.randn_like(p) for p in ours.parameters()]
-        topology.adam_step(adam, gradients)
+        adam.apply(gradients)
         for p, gradient in zip(theirs.parameters(), gradients, strict=True):
             p.grad = gradient
         reference.step()

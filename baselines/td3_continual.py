@@ -1,4 +1,4 @@
-"""TD3 and Reset on a sequence of tasks (§5.2), rivals of Neuroplastic Expansion.
+"""TD3, Reset and LayerNorm on a sequence of tasks (§5.2), rivals of Neuroplastic Expansion.
 
 Paper: Neuroplastic Expansion in Deep Reinforcement Learning, arXiv 2410.07994.
        §, Eq. and Table refer to it; docs/ne_td3_continual.md has definitions.
@@ -49,10 +49,11 @@ from ne_td3_continual import (
 
 @dataclass
 class MethodArgs:
-    """The rival of NE."""
+    """A rival of NE."""
 
-    method: Literal["none", "reset"] = "none"
-    """reset: all that learns starts anew when the task changes (§5.2); none: TD3"""
+    method: Literal["none", "reset", "layer-norm"] = "none"
+    """reset: all that learns starts anew when the task changes (§5.2); layer-norm: Linear,
+    LayerNorm, ReLU in every hidden layer (Lyle et al. 2024); none: TD3"""
 
 
 @dataclass

@@ -16,10 +16,7 @@ import copy
 import csv
 import json
 import math
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -35,6 +32,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
 
 import ne_td3_continuous as ne
+import pool
 import utils_topology as topology
 from baselines import td3_continuous as td3
 from ne_td3_continuous import die
@@ -641,56 +639,6 @@ def priming(run: RunArgs, phases: PrimingArgs, agent: TD3Args, probes: ProbeArgs
 
 
 # --- many runs ----------------------------------------------------------------
-def start(arm: str, seed: int, out: Path, flags: str) -> subprocess.Popen:
-    """A run in a process of its own; what it prints goes to a file beside its folder."""
-    command = [sys.executable, __file__, "priming", "--arm", arm, "--seed", str(seed)]
-    command += ["--out", str(out), *shlex.split(flags)]
-    folder = folder_of(out, arm, seed)
-    with open(folder.with_name(f"{folder.name}.log"), "a") as log:
-        return subprocess.Popen(
-            command,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-
-
-def stop_all(running: dict[str, subprocess.Popen]) -> None:
-    for process in running.values():
-        process.terminate()
-    for process in running.values():
-        process.wait()
-
-
-def interrupt(number: int, frame) -> None:
-    raise KeyboardInterrupt
-
-
-def work_off(due: list[tuple[str, int]], workers: int, out: Path, flags: str) -> list[str]:
-    """Makes the runs, `workers` at a time. Returns: those that failed."""
-    running = {}
-    failed = []
-    waiting = list(due)
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                arm, seed = waiting.pop(0)
-                running[folder_of(out, arm, seed).name] = start(arm, seed, out, flags)
-            time.sleep(0.5)
-            for name, process in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[name]
-                if process.returncode != 0:
-                    failed.append(name)
-                outcome = "failed" if name in failed else "finished"
-                print(f"{name}: {outcome}, {len(running)} running, {len(waiting)} waiting")
-    finally:
-        stop_all(running)
-    return failed
-
-
 def make_runs(
     arms: tuple[ArmName, ...] = ARMS,
     seeds: int = 5,
@@ -711,19 +659,13 @@ def make_runs(
     due = []
     for seed in range(1, seeds + 1):
         for arm in arms:
-            if not is_finished(folder_of(out, arm, seed)):
-                due.append((arm, seed))
+            folder = folder_of(out.resolve(), arm, seed)
+            if not is_finished(folder):
+                command = [__file__, "priming", "--arm", arm, "--seed", str(seed)]
+                command += ["--out", str(folder.parent), *shlex.split(flags)]
+                due.append(pool.Job(folder, command))
     print(f"{seeds * len(arms)} runs, {len(due)} to make, {workers} at a time: {out}")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-    try:
-        failed = work_off(due, workers, out, flags)
-    except KeyboardInterrupt:
-        print("stopped; the same command makes what is missing")
-        raise SystemExit(130) from None
-    for name in failed:
-        print(f"failed: {name}, see {out / name}.log", file=sys.stderr)
-    raise SystemExit(1 if failed else 0)
+    pool.make(due, workers)
 
 
 # --- the table ----------------------------------------------------------------

@@ -1,7 +1,6 @@
 """HalfCheetah with changed dynamics and rewards: ten tasks of one body, for runs in sequence.
 
-Run:   python benchmark/shifted_tasks.py    lists the tasks and the commands of the runs
-
+shifts.py makes the runs. `python benchmark/shifted_tasks.py` lists the tasks.
 In the repository's root they are Gymnasium ids as they stand, of any script:
 
     python ne_td3_continual.py --tasks benchmark.shifted_tasks:CheetahSlippery-v0 ...
@@ -41,20 +40,6 @@ SHIFTS = {
 MODULE = "benchmark.shifted_tasks"
 TASKS = tuple(f"{MODULE}:{name}-v0" for name in SHIFTS)
 
-# of all runs on these tasks; 5,000 random steps, since a task has only 50,000
-SEQUENCE = "--steps-per-task 50000 --cycles 1 --clear-buffer"
-COMMON = "--learning-starts 5000 --eval-frequency 10000 --eval-episodes 2"
-NE = "ne_td3_continual.py"
-TD3 = "-m baselines.td3_continual"
-ARMS = {  # name of the run's folder: what follows `python`
-    "td3": TD3,
-    "ne": NE,
-    "ne_no_review": f"{NE} --review-floor 1",
-    "reset": f"{TD3} --method reset",
-    "layer_norm": f"{TD3} --method layer-norm",
-}
-FRESH = "-m baselines.td3_continuous --total-timesteps 50000"
-
 
 class ShiftedCheetah(HalfCheetahEnv):
     """HalfCheetah under a `Shift`."""
@@ -77,30 +62,11 @@ def register() -> None:
             )
 
 
-def sequence_command(arm: str, seed: str) -> str:
-    folder = f"runs/shifts/{arm}_seed{seed}"
-    flags = f"{SEQUENCE} {COMMON} --seed {seed} --run-dir {folder}"
-    return f"python {ARMS[arm]} {flags} --tasks $tasks"
-
-
-def fresh_command(name: str, seed: str) -> str:
-    """The yardstick: a new TD3 on one of the tasks, with as many steps."""
-    folder = f"runs/shifts/fresh_{name}_seed{seed}"
-    return f"python {FRESH} {COMMON} --seed {seed} --run-dir {folder} --env-id {MODULE}:{name}-v0"
-
-
 def main() -> None:
     print(f"{'task':26} {'rewarded':9} {'friction':>8} {'gravity':>8}")
     for name, shift in SHIFTS.items():
         rewarded = "forward" if shift.direction > 0 else "backward"
         print(f"{name + '-v0':26} {rewarded:9} {shift.friction:8g} {shift.gravity:8g}")
-    print("\nOne agent through all of them, a line per arm; in the repository's root:\n")
-    print(f'tasks="{" ".join(TASKS)}"')
-    for arm in ARMS:
-        print(sequence_command(arm, seed="1"))
-    print("\nThe yardstick, a new TD3 on each with as many steps:\n")
-    for name in SHIFTS:
-        print(fresh_command(name, seed="1"))
 
 
 register()

@@ -212,9 +212,11 @@ def test_a_finished_run_is_left_alone(whole, monkeypatch, capsys):
 
 
 # --- equal to the other scripts -----------------------------------------------
-def test_without_ne_it_is_td3_bit_for_bit(tmp_path):
-    dense = run(ne, STEPS + "--initial-density 1 --review-floor 1", tmp_path / "dense")
-    plain = run(td3, STEPS, tmp_path / "plain")
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_without_ne_it_is_td3_bit_for_bit(tmp_path, layer_norm):
+    more = (" --layer-norm", " --method layer-norm") if layer_norm else ("", "")
+    dense = run(ne, STEPS + "--initial-density 1 --review-floor 1" + more[0], tmp_path / "dense")
+    plain = run(td3, STEPS + more[1], tmp_path / "plain")
     one = load(dense)["parts"]
     two = load(plain)["parts"]
     compared = 0
@@ -222,7 +224,8 @@ def test_without_ne_it_is_td3_bit_for_bit(tmp_path):
         if torch.is_tensor(value):
             assert torch.equal(one["agent"][key], value), key
             compared += 1
-    assert compared == 6 * 6  # weights and biases of three layers of six MLPs
+    layers = 5 if layer_norm else 3  # each with a weight and a bias, in six MLPs
+    assert compared == 6 * 2 * layers
     for name in ("actor_optimizer", "critic_optimizer", "noise_rng", "Pendulum-v1 rng"):
         assert_equal(one[name], two[name])
     assert (dense / "results.csv").read_bytes() == (plain / "results.csv").read_bytes()

@@ -1,0 +1,248 @@
+"""Shifts: does an agent learn its tenth task as well as a fresh one does?
+
+Run:   python benchmark/shifts.py run --arms td3 fresh --seeds 2    in runs/shifts
+       python benchmark/shifts.py table runs/shifts                 what came out, and a picture
+One agent goes through the ten tasks of shifted_tasks.py, a stretch of steps on each; its buffer
+is emptied at each change. The yardstick is a fresh TD3 on each task with as many steps. A run
+of 500,000 steps takes 30 to 40 minutes on an idle core with --flags=--compile.
+"""
+
+import csv
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import drawing
+import pool
+from shifted_tasks import TASKS
+
+NE = ["ne_td3_continual.py"]
+TD3 = ["-m", "baselines.td3_continual"]
+ARMS = {  # name in folders: what follows `python`
+    "td3": TD3,
+    "ne": NE,
+    "ne_no_review": [*NE, "--review-floor", "1"],
+    "reset": [*TD3, "--method", "reset"],
+    "layer_norm": [*TD3, "--method", "layer-norm"],
+}
+FRESH = "fresh"  # a TD3 of its own on each task
+LABELS = {
+    "td3": "TD3",
+    "ne": "NE",
+    "ne_no_review": "NE without review",
+    "reset": "Reset",
+    "layer_norm": "LayerNorm",
+}
+ArmName = Literal[(*ARMS, FRESH)]
+
+
+# --- runs ---------------------------------------------------------------------
+def short_name(task: str) -> str:
+    return task.rpartition(":")[2].removesuffix("-v0")
+
+
+def folders_of(out: Path, arm: str, seed: int) -> dict[str, Path]:
+    """{task, or "" for all tasks: folder of the run}."""
+    if arm != FRESH:
+        return {"": out / f"{arm}_seed{seed}"}
+    return {task: out / f"{FRESH}_{short_name(task)}_seed{seed}" for task in TASKS}
+
+
+def command_of(arm: str, seed: int, task: str, stretch: int, flags: str) -> list[str]:
+    """What follows `python`; ten per cent of a stretch are random steps."""
+    if arm == FRESH:
+        command = ["-m", "baselines.td3_continuous", "--env-id", task]
+        command += ["--total-timesteps", str(stretch)]
+    else:
+        command = [*ARMS[arm], "--tasks", *TASKS, "--cycles", "1", "--clear-buffer"]
+        command += ["--steps-per-task", str(stretch)]
+    command += ["--seed", str(seed), "--learning-starts", str(stretch // 10)]
+    command += ["--eval-frequency", str(stretch // 5), "--eval-episodes", "2"]
+    return [*command, *shlex.split(flags)]
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    file = folder / "results.csv"
+    if not file.exists():
+        return []
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    rows = rows_of(folder)
+    return bool(rows) and int(rows[-1]["step"]) == steps
+
+
+def job_of(folder: Path, command: list[str]) -> pool.Job:
+    """New, or continued from its checkpoint. What stopped before its first starts over."""
+    if (folder / "checkpoint.pt").exists():
+        script = command[: 2 if command[0] == "-m" else 1]
+        return pool.Job(folder, [*script, "--resume", str(folder)])
+    if folder.exists():
+        shutil.rmtree(folder)
+    return pool.Job(folder, [*command, "--run-dir", str(folder)])
+
+
+def make_runs(
+    arms: tuple[ArmName, ...] = (*ARMS, FRESH),
+    seeds: int = 4,
+    workers: int = 2,
+    stretch: int = 50_000,
+    out: Path = Path("runs/shifts"),
+    flags: str = "",
+) -> None:
+    """Makes the runs that are missing, seed by seed; Ctrl-C or SIGTERM stops them all.
+
+    Args:
+        arms: which
+        seeds: seeds 1, 2, ..., this of each
+        workers: runs at a time
+        stretch: environment steps on a task
+        out: folder of all runs; runs of another stretch need another
+        flags: further flags of every run, e.g. --flags=--compile
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for seed in range(1, seeds + 1):
+        for arm in arms:
+            for task, folder in folders_of(out.resolve(), arm, seed).items():
+                steps = stretch if task else stretch * len(TASKS)
+                if not is_finished(folder, steps):
+                    jobs.append(job_of(folder, command_of(arm, seed, task, stretch, flags)))
+    print(f"{len(jobs)} runs to make, {workers} at a time: {out}")
+    pool.make(jobs, workers)
+
+
+# --- what came out ------------------------------------------------------------
+def late_return(rows: list[dict[str, str]]) -> float:
+    """Mean return of the last two evaluations."""
+    return float(np.mean([float(row["eval/return_mean"]) for row in rows[-2:]]))
+
+
+def fresh_returns(out: Path) -> np.ndarray:
+    """(tasks,), mean over seeds. Raises: SystemExit(2) where a task has none."""
+    means = []
+    for task in TASKS:
+        found = []
+        for folder in sorted(out.glob(f"{FRESH}_{short_name(task)}_seed*")):
+            rows = rows_of(folder)
+            if rows:
+                found.append(late_return(rows))
+        if not found:
+            drawing.die(f"there is no fresh run on {task} in {out}: make it with --arms {FRESH}")
+        means.append(np.mean(found))
+    return np.array(means)
+
+
+def returns_of(folder: Path) -> np.ndarray | None:
+    """(tasks,), at the end of each task's stretch; None for a run that is not at its end."""
+    rows = rows_of(folder)
+    returns = []
+    for task in TASKS:
+        own = [row for row in rows if row["task_trained"] == row["task_evaluated"] == task]
+        own = [row for row in own if row["charts/episodic_return"] != "nan"]
+        if len(own) < 2:
+            return None
+        returns.append(late_return(own))
+    return np.array(returns)
+
+
+def shares_of(out: Path) -> dict[str, np.ndarray]:
+    """{arm: (seeds, tasks)}, of the fresh network's return. Raises: SystemExit(2)."""
+    fresh = fresh_returns(out)
+    shares = {}
+    for arm in ARMS:
+        found = []
+        for folder in sorted(out.glob(f"{arm}_seed*")):
+            if folder.is_dir():
+                returns = returns_of(folder)
+                if returns is None:
+                    print(f"left out: {folder.name} is not at its end", file=sys.stderr)
+                else:
+                    found.append(returns / fresh)
+        if found:
+            shares[arm] = np.array(found)
+    if not shares:
+        drawing.die(f"there are no finished runs through all tasks in {out}")
+    return shares
+
+
+def cell(*samples: np.ndarray) -> str:
+    """Mean, or difference of means, with its 95% bootstrap interval."""
+    from plasticity import bounds
+
+    value = samples[0].mean()
+    if len(samples) == 2:
+        value -= samples[1].mean()
+    low, high = bounds(*samples)
+    if np.isnan(low):
+        return f"{value:.2f}"
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def table_of(shares: dict[str, np.ndarray]) -> list[str]:
+    head = "| arm | seeds | shift 1 | 2 to 5 | 6 to 10 | the last five minus 2 to 5 |"
+    lines = [head + " 2 to 10 minus td3 |", "|---" * 7 + "|"]
+    for arm, own in shares.items():
+        early = own[:, 1:5].mean(axis=1)  # (seeds,)
+        late = own[:, 5:].mean(axis=1)
+        cells = [arm, str(len(own)), cell(own[:, 0]), cell(early), cell(late), cell(late - early)]
+        versus = "-"
+        if arm != "td3" and "td3" in shares:
+            versus = cell(own[:, 1:].mean(axis=1), shares["td3"][:, 1:].mean(axis=1))
+        lines.append("| " + " | ".join([*cells, versus]) + " |")
+    return lines
+
+
+def picture(shares: dict[str, np.ndarray]):
+    figure, part = drawing.canvas(7, 3.6, "")
+    ax = part.subplots()
+    ax.axhline(1, color="#999999", linewidth=1, linestyle=":")
+    shifts = np.arange(1, len(TASKS) + 1)
+    for place, (arm, own) in enumerate(shares.items()):
+        colour = drawing.COLOURS[place]
+        label = f"{LABELS[arm]} ({len(own)} seeds)"
+        ax.plot(shifts, own.mean(axis=0), color=colour, linewidth=2, marker="o", label=label)
+        if len(own) > 1:
+            low, high = own.min(axis=0), own.max(axis=0)
+            ax.fill_between(shifts, low, high, color=colour, alpha=0.12, linewidth=0)
+    ax.set_xticks(shifts)
+    ax.set_xlabel("shift")
+    ax.set_ylabel("return, share of\na fresh TD3's with as many steps")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def table(folder: tyro.conf.Positional[Path], /, out: Path = Path("shifts.png")) -> None:
+    """Markdown: returns as shares of a fresh TD3's; and a picture, with the range of the seeds.
+
+    Args:
+        folder: of all runs
+        out: where the PNG goes
+    """
+    drawing.check_picture(out)
+    shares = shares_of(folder)
+    print("\n".join(table_of(shares)))
+    drawing.write({out: lambda file: drawing.save(picture(shares), file)})
+
+
+def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each row at once
+    commands = {"run": make_runs, "table": table}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

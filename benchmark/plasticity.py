@@ -2,7 +2,7 @@
 
 Run:   python benchmark/plasticity.py run --seeds 5 --workers 2       all arms, in runs/priming
        python benchmark/plasticity.py priming --arm ne --seed 1       one of these runs
-       python benchmark/plasticity.py table runs/priming              what came out
+       python benchmark/plasticity.py table runs/priming              what came out, and a picture
 A run takes 10 to 12 minutes on an idle core with --compile. Its folder, {arm}_seed{seed}, holds
 args.json, results.csv (as the scripts write it, for plot.py curves), losses.csv and probes.csv.
 
@@ -31,6 +31,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
 
+import drawing
 import ne_td3_continuous as ne
 import pool
 import utils_topology as topology
@@ -708,30 +709,18 @@ def scores_of(folders: list[Path], from_step: int) -> Scores:
     return Scores(np.array(late), np.array(whole))
 
 
-def mean(one: np.ndarray, axis: int) -> np.ndarray:
-    return np.mean(one, axis=axis)
+def bounds(one: np.ndarray, two: np.ndarray | None = None) -> tuple[float, float]:
+    """95% interval of a mean (t), or of a difference of two (Welch). NaN with a single seed."""
+    from scipy import stats
 
-
-def mean_difference(one: np.ndarray, two: np.ndarray, axis: int) -> np.ndarray:
-    return np.mean(one, axis=axis) - np.mean(two, axis=axis)
-
-
-def bounds(*samples: np.ndarray) -> tuple[float, float]:
-    """95% bootstrap interval of a mean, or of the difference of two. NaN with a single seed."""
-    from scipy.stats import bootstrap
-
+    samples = [one] if two is None else [one, two]
     if min(len(sample) for sample in samples) < 2:
         return math.nan, math.nan
-
-    result = bootstrap(
-        samples,
-        mean if len(samples) == 1 else mean_difference,
-        method="percentile",
-        n_resamples=10_000,
-        vectorized=True,
-        rng=np.random.default_rng(0),
-    )
-    return tuple(result.confidence_interval)
+    if two is None:
+        result = stats.ttest_1samp(one, 0)
+    else:
+        result = stats.ttest_ind(one, two, equal_var=False)
+    return tuple(result.confidence_interval(0.95))
 
 
 def cell(value: float, *samples: np.ndarray) -> str:
@@ -747,11 +736,10 @@ def difference_cell(own: np.ndarray, reference: np.ndarray | None) -> str:
     return cell(own.mean() - reference.mean(), own, reference)
 
 
-def returns_table(runs: dict[str, list[Path]], from_step: int) -> list[str]:
+def returns_table(scores: dict[str, Scores], from_step: int) -> list[str]:
     start = f"from step {from_step:,} on"
     lines = [f"| arm | seeds | last two evaluations | minus td3 | {start} | minus td3 |"]
     lines.append("|---|---|---|---|---|---|")
-    scores = {arm: scores_of(folders, from_step) for arm, folders in runs.items()}
     reference = scores.get("td3", Scores(None, None))
     for arm, own in scores.items():
         cells = [arm, str(len(own.late))]
@@ -793,17 +781,51 @@ def probes_table(runs: dict[str, list[Path]]) -> list[str]:
     return lines
 
 
-def table(folder: tyro.conf.Positional[Path], /, from_step: int = 25_000) -> None:
-    """Markdown: returns with 95% bootstrap intervals of the mean, then the probes' means.
+def picture(scores: dict[str, Scores], from_step: int):
+    """Each seed as a dot, the mean with its 95% interval as a bar; an arm in each line."""
+    figure, part = drawing.canvas(8, 0.3 * len(scores) + 1.2, "")
+    axes = part.subplots(1, 2, sharey=True)
+    titles = ("last two evaluations", f"mean from step {from_step:,} on")
+    arms = list(scores)[::-1]  # the first at the top
+    for number, (ax, title) in enumerate(zip(axes, titles, strict=True)):
+        if "td3" in scores:
+            ax.axvline(scores["td3"][number].mean(), color="#999999", linewidth=1, linestyle=":")
+        for y, arm in enumerate(arms):
+            values = scores[arm][number]
+            colour = "#0072B2" if arm in NE_ARMS else "#555555"
+            ax.plot(values, [y] * len(values), "o", color=colour, alpha=0.4, markersize=4)
+            low, high = bounds(values)
+            ax.plot(values.mean(), y, "|", color=colour, markersize=12)
+            if not math.isnan(low):
+                ax.plot([low, high], [y, y], color=colour, linewidth=1.5)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("evaluation return")
+        ax.spines[["top", "right"]].set_visible(False)
+    labels = [f"{arm.replace('_', ' ')} ({len(scores[arm].late)})" for arm in arms]
+    axes[0].set_yticks(range(len(arms)), labels)
+    return figure
+
+
+def table(
+    folder: tyro.conf.Positional[Path],
+    /,
+    from_step: int = 25_000,
+    out: Path = Path("priming.png"),
+) -> None:
+    """Markdown: returns with 95% intervals, then the probes' means; and a picture of the returns.
 
     Args:
         folder: of all runs
         from_step: environment step from which the second return is averaged
+        out: where the PNG goes
     """
+    drawing.check_picture(out)
     runs = finished_runs(folder)
-    print("\n".join(returns_table(runs, from_step)))
+    scores = {arm: scores_of(folders, from_step) for arm, folders in runs.items()}
+    print("\n".join(returns_table(scores, from_step)))
     print()
     print("\n".join(probes_table(runs)))
+    drawing.write({out: lambda file: drawing.save(picture(scores, from_step), file)})
 
 
 def main() -> None:

@@ -176,7 +176,7 @@ def shares_of(out: Path) -> dict[str, np.ndarray]:
 
 
 def cell(*samples: np.ndarray) -> str:
-    """Mean, or difference of means, with its 95% bootstrap interval."""
+    """Mean, or difference of means, with its 95% interval."""
     from plasticity import bounds
 
     value = samples[0].mean()

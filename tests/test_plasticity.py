@@ -322,7 +322,7 @@ def test_table(monkeypatch, tmp_path, capsys):
         synthetic(tmp_path, "ne", seed, 200 + noise)
     synthetic(tmp_path, "static", 1, 150)
     synthetic(tmp_path, "static", 2, 1_000, end=False)
-    call(monkeypatch, f"table {tmp_path}")
+    call(monkeypatch, f"table {tmp_path} --out {tmp_path}/priming.png")
     out, err = capsys.readouterr()
     assert "static_seed2 is at step 40,000, unfinished" in err
     table = {}
@@ -330,13 +330,14 @@ def test_table(monkeypatch, tmp_path, capsys):
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) > 1 and cells[1] in ("td3", "ne", "static") and cells[2].isdigit():
             table[cells[1]] = cells[2:-1]
-    assert table["td3"] == ["3", "100 [90, 110]", "-", "100 [90, 110]", "-"]
+    assert table["td3"] == ["3", "100 [75, 125]", "-", "100 [75, 125]", "-"]
     seeds, late, difference, whole, _ = table["ne"]
-    assert (seeds, late, whole) == ("3", "200 [190, 210]", "200 [190, 210]")
-    low, high = difference.removeprefix("100 [").removesuffix("]").split(",")
-    assert 83 <= int(low) <= 90 and 110 <= int(high) <= 117
+    assert (seeds, late, whole) == ("3", "200 [175, 225]", "200 [175, 225]")
+    # Welch: 4 degrees of freedom, standard error sqrt(2 * 10^2 / 3)
+    assert difference == "100 [77, 123]"
     assert table["static"] == ["1", "150", "50", "150", "50"]
     assert "| ne | after | 1.00 | 1.00 | 1 | 100.0% |" in out
+    assert (tmp_path / "priming.png").stat().st_size > 10_000
 
 
 def test_table_without_runs(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ surrounds a run, knows nothing of the algorithm, and is the same text in every s
 
 import copy
 import csv
+import errno
 import fcntl
 import functools
 import gc
@@ -875,7 +876,7 @@ def write_evaluation(run, rows: list[dict]) -> None:
         mean = row["eval/return_mean"]
         run.write_row(row)
         run.log(step, f"eval/{task}/return_mean", mean)
-        run.bar.write(f"step {step:,}: {task} return {mean:,.1f} +- {row['eval/return_std']:,.1f}")
+        run.say(f"step {step:,}: {task} return {mean:,.1f} +- {row['eval/return_std']:,.1f}")
     for key, value in rows[0].items():
         if key.startswith(("task/", "charts/", "losses/", "ne/")):
             run.log(step, key, value)
@@ -1433,6 +1434,14 @@ class Run:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         os.write(2, b"\nfinishing the episode, then saving (once more: stop at once)\n")
 
+    def say(self, text: str) -> None:
+        """A line above the bar. A closed terminal gets none; its signal is on the way."""
+        try:
+            self.bar.write(text)
+        except OSError as e:
+            if e.errno != errno.EIO:
+                raise
+
     def log(self, step: int, key: str, value: float) -> None:
         self.writer.add_scalar(key, float(value), step)
         if self.tracker is not None:
@@ -1573,7 +1582,8 @@ def compiled(method, *inputs):
     """A method, as one graph for such inputs. Raises: SystemExit(1) without a compiler."""
     torch._dynamo.config.trace_autograd_ops = True
     options = {"cpp_wrapper": not torch.cuda.is_available()}
-    options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe  # shapes stay as they are
+    # nothing is checked at a call: shapes stay as they are
+    options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     try:
         graph = torch.compile(method, fullgraph=True, options=options)
         graph = graph.aot_compile((inputs, {}))
@@ -1590,7 +1600,7 @@ def as_script(main) -> None:
         if getattr(sys, name) is None:  # it was closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
-        # a log file shows each row at once; a name may have characters that cannot be printed
+        # a log file shows each row at once; a name may have what cannot be printed
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     threading.excepthook = lambda failure: None  # TensorBoard's thread; `main` sees it too
     try:

@@ -386,6 +386,8 @@ def check(options: Options) -> None:
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # a closed pipe is seen at once
     options = tyro.cli(Options, description=__doc__.rpartition("\n\n")[0])
     check(options)
     policy = load_policy(options.run)

@@ -1,5 +1,6 @@
 """The script as its users run it: end to end, interrupted and resumed, and given bad input."""
 
+import errno
 import io
 import json
 import os
@@ -271,6 +272,20 @@ def test_a_closed_terminal(tmp_path):
     assert content["step"] >= 100
     assert content["step"] % 20 == 0
     assert run_here(["--resume", str(folder)]) == 0
+
+
+def test_a_terminal_closes_while_a_row_is_printed(whole, tmp_path, monkeypatch, capsys):
+    def write(text, **_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(ne.tqdm, "write", staticmethod(write))
+    error = errno.EIO
+    folder = tmp_path / "run"
+    assert run_here(f"{RUN} --run-dir {folder}") == 0
+    assert_equal_runs(whole, folder)
+    error = errno.ENOSPC  # of a log file on a full disk
+    assert run_here(f"{RUN} --run-dir {tmp_path / 'other'}") == 1
+    assert_one_line(capsys.readouterr().err, "cannot write: ", "No space left")
 
 
 def test_a_signal_in_the_last_episode_ends_the_run(whole, tmp_path, at_addition):

@@ -5,7 +5,6 @@ import csv
 import inspect
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -466,13 +465,15 @@ class FakeRun:
     def __init__(self):
         self.stop_signal = None
         self.rows = []
-        self.bar = SimpleNamespace(write=lambda text: None)
 
     def write_row(self, row: dict) -> None:
         self.rows.append((row["step"], row["task_evaluated"], row["eval/return_mean"]))
 
     def log(self, step: int, key: str, value: float) -> None:
         float(value)
+
+    def say(self, text: str) -> None:
+        """Nothing."""
 
 
 @pytest.mark.parametrize("last", [False, True])

@@ -258,9 +258,12 @@ def test_a_closed_terminal(tmp_path):
     terminal, theirs = pty.openpty()
     flags = RUN.replace("Plain", "Slow")
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    process = launch(
-        f"{flags} --run-dir {folder}", preexec_fn=lambda: os.login_tty(theirs), **streams
-    )
+
+    def log_in():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup make test
+        os.login_tty(theirs)
+
+    process = launch(f"{flags} --run-dir {folder}", preexec_fn=log_in, **streams)
     os.close(theirs)
     printed = b""
     while b"return" not in printed:  # the first row

@@ -429,8 +429,8 @@ class Network:
         for target in targets:
             self.target_layers += target.layers
             self.target_params += target.parameters()
-        number_of = {p: n for n, p in enumerate(self.params)}
-        self.weights = [number_of[layer.weight] for layer in self.layers]  # numbers in `params`
+        place_of = {p: n for n, p in enumerate(self.params)}
+        self.weight_places = [place_of[layer.weight] for layer in self.layers]  # in `params`
         self.masks = [layer.mask for layer in self.layers]
         self.optimizer = topology.Adam(self.params, learning_rate)
         for layer in self.layers:
@@ -440,7 +440,7 @@ class Network:
     @torch.no_grad()
     def step(self, gradients: tuple[torch.Tensor, ...]) -> None:
         """One step of Adam on the active connections; `gradients` of `params` are dense."""
-        of_weights = [gradients[n] for n in self.weights]
+        of_weights = [gradients[n] for n in self.weight_places]
         torch._foreach_mul_(of_weights, self.masks)
         self.optimizer.apply(gradients)
         # §B.2, weight clipping of neurons that were reset (Elsayed et al. 2024)

@@ -3,7 +3,7 @@
 Paper: Neuroplastic Expansion in Deep Reinforcement Learning, arXiv 2410.07994.
        §, Eq. and Table refer to it; docs/ne_td3_continual.md has definitions and deviations.
 Run:   python ne_td3_continual.py --seed 1    (--help lists all flags)
-       three million steps, about five hours on one CPU core
+       three million steps, up to ten hours on one CPU core
 With one task it is ne_td3_continuous.py, bit for bit, and with --initial-density 1
 --review-floor 1 it is TD3.
 

@@ -212,7 +212,8 @@ def picture(shares: dict[str, np.ndarray]):
         label = f"{LABELS[arm]} ({len(own)} seeds)"
         ax.plot(shifts, own.mean(axis=0), color=colour, linewidth=2, marker="o", label=label)
         if len(own) > 1:
-            low, high = own.min(axis=0), own.max(axis=0)
+            low = own.min(axis=0)
+            high = own.max(axis=0)
             ax.fill_between(shifts, low, high, color=colour, alpha=0.12, linewidth=0)
     ax.set_xticks(shifts)
     ax.set_xlabel("shift")

@@ -350,6 +350,14 @@ def test_a_single_seed_has_no_interval():
     assert all(math.isnan(bound) for bound in plasticity.bounds(np.array([1.0])))
 
 
+def test_the_interval_of_a_difference_is_welchs():
+    low, high = plasticity.bounds(np.array([0.0, 0.0, 3.0]), np.array([10.0, 11.0, 12.0]))
+    error = math.sqrt(3 / 3 + 1 / 3)
+    assert (low + high) / 2 == pytest.approx(-10)
+    # 3.2 degrees of freedom, a t of 3.07; with pooled variances 4 and 2.78
+    assert (high - low) / 2 == pytest.approx(3.07 * error, rel=0.01)
+
+
 # --- shifted tasks ------------------------------------------------------------
 def one_step(env) -> tuple[np.ndarray, float]:
     """From the same state, on the ground, with the same action."""

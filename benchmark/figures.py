@@ -18,9 +18,14 @@ from matplotlib.lines import Line2D
 import drawing
 import matrix
 from drawing import COLOURS, COLUMNS, Panel, Seed
+from estimates import Estimate, estimate, holm, p_cell
 
 RETURN = "eval/return_mean"
 RESAMPLES = 2_000
+COMPARED = (  # (words after the task, column, format) of the second table
+    ("", RETURN, "z,.0f"),
+    (", critics' active ratio", "ne/critic/active_ratio_0.1", "z.2f"),  # z: no "-0.00"
+)
 
 
 class Results(NamedTuple):
@@ -293,6 +298,32 @@ def table(results: Results) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def differences(results: Results) -> str:
+    """Markdown: final values minus the reference's on each task, of plain means.
+
+    p is of no difference, corrected for the number of methods (Holm).
+    """
+    reference = results.figure.reference
+    if reference not in results.methods:
+        return ""
+    others = [method for method in results.methods if method != reference]
+    lines = [["95% interval (Welch)"], *([results.label(method)] for method in others)]
+    for task in results.tasks:
+        for title, column, spec in COMPARED:
+            known = results.final(reference, task, column)
+            found = []
+            for method in others:
+                values = results.final(method, task, column)
+                enough = len(values) and len(known)
+                found.append(estimate([values], [known]) if enough else Estimate(np.nan))
+            lines[0] += [f"{task}{title}, minus {results.label(reference)}", "p"]
+            corrected = holm([own.p for own in found])
+            for line, own, p in zip(lines[1:], found, corrected, strict=True):
+                line += ["–" if np.isnan(own.value) else format(own, spec), p_cell(p)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 # --- drawing ------------------------------------------------------------------
 def crowded(results: Results) -> bool:
     return len(results.methods) > drawing.CROWD
@@ -418,6 +449,7 @@ def figure(
     short: bool = False,
     tasks: tuple[str, ...] = (),
     methods: tuple[str, ...] = (),
+    reference: str | None = None,
     out: Path | None = None,
 ):
     """Curves, aggregate, caption and table from a figure's runs, as far as there are any.
@@ -431,6 +463,7 @@ def figure(
         short: the runs of 200,000 steps, in runs/short
         tasks: these tasks instead of the figure's
         methods: only these of the figure's methods, by the names in matrix.py
+        reference: the method that the others are compared with; default: the figure's
         out: where the PNG goes, and beside it SVG and Markdown; default: NAME.png
     """
     out = out or Path(f"{name}.png")
@@ -441,10 +474,14 @@ def figure(
         drawing.die(str(e))
     folders = results or (Path("runs") / chosen.length,)
     found = read(name, chosen.methods, chosen.tasks, chosen.seeds, folders)
-    _, compared = normalised(found)
-    text = caption(found, compared)
+    if reference is not None:
+        if reference not in chosen.methods:
+            known = ", ".join(chosen.methods)
+            drawing.die(f"--reference must be of {known}, got {reference}")
+        found = found._replace(figure=found.figure._replace(reference=reference))
+    text = caption(found, normalised(found)[1])
     save = functools.partial(drawing.save, picture(found, text))
-    page = f"{table(found)}\n{text}\n"
+    page = f"{table(found)}\n{differences(found)}\n{text}\n"
     files = {out: save, out.with_suffix(".svg"): save}
     files[out.with_suffix(".md")] = lambda file: file.write_text(page)
     drawing.write(files)

@@ -36,6 +36,7 @@ import ne_td3_continuous as ne
 import pool
 import utils_topology as topology
 from baselines import td3_continuous as td3
+from estimates import Estimate, estimate, holm, p_cell
 from ne_td3_continuous import die
 
 TD3_ARMS = {  # flags of baselines/td3_continuous.py
@@ -590,7 +591,7 @@ def require_same(folder: Path, args: dict) -> None:
     stored = json.loads((folder / "args.json").read_text())
     for name, value in args.items():
         if name not in HOW and stored.get(name) != value:
-            flag = "--" + name.replace("_", "-")
+            flag = "--" + name.replace("_", "–")
             there = stored.get(name)
             die(f"{folder} holds another run: {flag} is {there} there, {value} is wanted")
 
@@ -609,7 +610,7 @@ def check_flags(args: Args) -> None:
             value = getattr(args, flag.name)
             low = least.get(flag.name, 1)
             if flag.type is not bool and not low <= value:
-                name = "--" + flag.name.replace("_", "-")
+                name = "--" + flag.name.replace("_", "–")
                 die(f"{name} must be at least {low}, got {value}")
     if args.loss_frequency < 1:
         die(f"--loss-frequency must be at least 1, got {args.loss_frequency}")
@@ -670,11 +671,28 @@ def make_runs(
 
 
 # --- the table ----------------------------------------------------------------
+LABELS = {
+    "td3": "TD3",
+    "small_dense": "small dense TD3",
+    "layer_norm": "LayerNorm",
+    "redo": "ReDo",
+    "reset": "Reset",
+    "regrama": "ReGraMa",
+    "recency": "recency",
+    "ne": "NE",
+    "ne_no_review": "NE without review",
+    "random_growth": "random growth",
+    "static": "static sparse",
+}
+
+
 class Scores(NamedTuple):
     """One number per seed, in the order of the seeds."""
 
     late: np.ndarray  # (seeds,), mean return of the last two evaluations
     whole: np.ndarray  # (seeds,), mean return from a step on
+    actor_fit: np.ndarray  # (seeds,), `trainability` after priming
+    critic_fit: np.ndarray  # (seeds,)
 
 
 def finished_runs(folder: Path) -> dict[str, list[Path]]:
@@ -698,55 +716,59 @@ def finished_runs(folder: Path) -> dict[str, list[Path]]:
 
 
 def scores_of(folders: list[Path], from_step: int) -> Scores:
-    late = []
-    whole = []
+    found = []
     for folder in folders:
         rows = read_rows(folder / "results.csv")
         returns = [float(row["eval/return_mean"]) for row in rows]
-        late.append(np.mean(returns[-2:]))
         counted = [float(row["eval/return_mean"]) for row in rows if int(row["step"]) >= from_step]
-        whole.append(np.mean(counted or math.nan))
-    return Scores(np.array(late), np.array(whole))
+        probes = {row["point"]: row for row in read_rows(folder / "probes.csv")}
+        fits = [float(probes["after"][f"{name}/fit_ratio"]) for name in ("actor", "critic")]
+        found.append([np.mean(returns[-2:]), np.mean(counted or math.nan), *fits])
+    return Scores(*np.array(found).T)
 
 
-def bounds(one: np.ndarray, two: np.ndarray | None = None) -> tuple[float, float]:
-    """95% interval of a mean (t), or of a difference of two (Welch). NaN with a single seed."""
-    from scipy import stats
-
-    samples = [one] if two is None else [one, two]
-    if min(len(sample) for sample in samples) < 2:
-        return math.nan, math.nan
-    if two is None:
-        result = stats.ttest_1samp(one, 0)
-    else:
-        result = stats.ttest_ind(one, two, equal_var=False)
-    return tuple(result.confidence_interval(0.95))
-
-
-def cell(value: float, *samples: np.ndarray) -> str:
-    low, high = bounds(*samples)
-    if math.isnan(low):
-        return f"{value:,.0f}"
-    return f"{value:,.0f} [{low:,.0f}, {high:,.0f}]"
-
-
-def difference_cell(own: np.ndarray, reference: np.ndarray | None) -> str:
-    if reference is None or own is reference:
-        return "-"
-    return cell(own.mean() - reference.mean(), own, reference)
+def versus_table(scores: dict[str, Scores], titles: dict[str, str], spec: str) -> list[str]:
+    """Each arm's own value and its difference from TD3's. titles: {field of Scores: title}."""
+    head = "| arm | seeds"
+    for title in titles.values():
+        head += f" | {title} | minus td3 | p"
+    lines = [head + " |", "|---" * (2 + 3 * len(titles)) + "|"]
+    cells = {arm: [arm, str(len(own.late))] for arm, own in scores.items()}
+    for name in titles:
+        values = {arm: getattr(own, name) for arm, own in scores.items()}
+        differences = dict.fromkeys(values, Estimate(math.nan))
+        for arm in values:
+            if arm != "td3" and "td3" in values:
+                differences[arm] = estimate([values[arm]], [values["td3"]])
+        corrected = holm([difference.p for difference in differences.values()])
+        for arm, p in zip(values, corrected, strict=True):
+            minus = differences[arm]
+            cells[arm].append(format(estimate([values[arm]]), spec))
+            cells[arm].append("–" if math.isnan(minus.value) else format(minus, spec))
+            cells[arm].append(p_cell(p))
+    lines += ["| " + " | ".join(row) + " |" for row in cells.values()]
+    return lines
 
 
-def returns_table(scores: dict[str, Scores], from_step: int) -> list[str]:
-    start = f"from step {from_step:,} on"
-    lines = [f"| arm | seeds | last two evaluations | minus td3 | {start} | minus td3 |"]
-    lines.append("|---|---|---|---|---|---|")
-    reference = scores.get("td3", Scores(None, None))
-    for arm, own in scores.items():
-        cells = [arm, str(len(own.late))]
-        for values, against in ((own.late, reference.late), (own.whole, reference.whole)):
-            cells.append(cell(values.mean(), values))
-            cells.append(difference_cell(values, against))
-        lines.append("| " + " | ".join(cells) + " |")
+def control_table(scores: dict, control: dict, titles: dict[str, str]) -> list[str]:
+    """What priming adds to a return and to its difference from TD3's."""
+    head = "| arm | seeds | without priming | minus td3 | priming adds | to minus td3 |"
+    lines = [head, "|---" * 6 + "|"]
+    for name, title in titles.items():
+        primed = {arm: getattr(own, name) for arm, own in scores.items() if arm in control}
+        without = {arm: getattr(control[arm], name) for arm in primed}
+        for arm in primed:
+            own = estimate([without[arm]])
+            added = estimate([primed[arm]], [without[arm]])
+            cells = [f"{arm}, {title}", f"{len(primed[arm])}, {len(without[arm])}"]
+            if arm == "td3" or "td3" not in primed:
+                cells += [f"{own:,.0f}", "–", f"{added:,.0f}", "–"]
+            else:
+                minus = estimate([without[arm]], [without["td3"]])
+                plus = [primed[arm], without["td3"]]
+                added_to_minus = estimate(plus, [without[arm], primed["td3"]])
+                cells += [f"{e:,.0f}" for e in (own, minus, added, added_to_minus)]
+            lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -781,51 +803,76 @@ def probes_table(runs: dict[str, list[Path]]) -> list[str]:
     return lines
 
 
-def picture(scores: dict[str, Scores], from_step: int):
+def draw_arms(ax, values: dict[str, np.ndarray], fill: str, above: float = 0) -> None:
     """Each seed as a dot, the mean with its 95% interval as a bar; an arm in each line."""
-    figure, part = drawing.canvas(8, 0.3 * len(scores) + 1.2, "")
-    axes = part.subplots(1, 2, sharey=True)
-    titles = ("last two evaluations", f"mean from step {from_step:,} on")
-    arms = list(scores)[::-1]  # the first at the top
-    for number, (ax, title) in enumerate(zip(axes, titles, strict=True)):
-        if "td3" in scores:
-            ax.axvline(scores["td3"][number].mean(), color="#999999", linewidth=1, linestyle=":")
-        for y, arm in enumerate(arms):
-            values = scores[arm][number]
-            colour = "#0072B2" if arm in NE_ARMS else "#555555"
-            ax.plot(values, [y] * len(values), "o", color=colour, alpha=0.4, markersize=4)
-            low, high = bounds(values)
-            ax.plot(values.mean(), y, "|", color=colour, markersize=12)
-            if not math.isnan(low):
-                ax.plot([low, high], [y, y], color=colour, linewidth=1.5)
+    for y, (arm, own) in enumerate(reversed(values.items())):  # the first at the top
+        y += above
+        colour = "#0072B2" if arm in NE_ARMS else "#555555"
+        dots = {"fillstyle": fill, "alpha": 0.4, "markersize": 4}
+        ax.plot(own, [y] * len(own), "o", color=colour, markeredgewidth=0.8, **dots)
+        mean = estimate([own])
+        ax.plot(mean.value, y, "|", color=colour, markersize=10, markeredgewidth=2)
+        if not math.isnan(mean.low):
+            ax.plot([mean.low, mean.high], [y, y], color=colour, linewidth=1.5)
+
+
+def picture(scores: dict[str, Scores], titles: dict[str, str]):
+    """Both returns, and how well the primed networks learn; TD3's means are dotted."""
+    figure, part = drawing.canvas(10, 0.32 * len(scores) + 1.2, "")
+    axes = part.subplots(1, 3, sharey=True)
+    for ax, (name, title) in zip(axes, titles.items(), strict=False):
+        values = {arm: getattr(own, name) for arm, own in scores.items()}
+        if "td3" in values:
+            ax.axvline(values["td3"].mean(), color="#999999", linewidth=1, linestyle=":")
+        draw_arms(ax, values, "full")
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("evaluation return")
+    draw_arms(axes[2], {arm: own.critic_fit for arm, own in scores.items()}, "full", 0.15)
+    draw_arms(axes[2], {arm: own.actor_fit for arm, own in scores.items()}, "none", -0.15)
+    axes[2].axvline(1, color="#999999", linewidth=1, linestyle=":")
+    axes[2].set_title("after priming: critic (full), actor (hollow)", fontsize=10)
+    axes[2].set_xlabel("loss on new targets, of a fresh network's")
+    for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    labels = [f"{arm.replace('_', ' ')} ({len(scores[arm].late)})" for arm in arms]
-    axes[0].set_yticks(range(len(arms)), labels)
+    labels = [f"{LABELS[arm]} ({len(own.late)})" for arm, own in reversed(scores.items())]
+    axes[0].set_yticks(range(len(labels)), labels)
     return figure
 
 
 def table(
     folder: tyro.conf.Positional[Path],
     /,
+    control: Path | None = None,
     from_step: int = 25_000,
     out: Path = Path("priming.png"),
 ) -> None:
-    """Markdown: returns with 95% intervals, then the probes' means; and a picture of the returns.
+    """Markdown: returns, trainability, their 95% intervals, the probes' means; and a picture.
+
+    p is of no difference from td3, corrected for the number of arms (Holm).
 
     Args:
         folder: of all runs
+        control: folder of runs with --priming-updates 0, for a table of what priming adds
         from_step: environment step from which the second return is averaged
-        out: where the PNG goes
+        out: where the PNG goes, and beside it the Markdown
     """
     drawing.check_picture(out)
     runs = finished_runs(folder)
     scores = {arm: scores_of(folders, from_step) for arm, folders in runs.items()}
-    print("\n".join(returns_table(scores, from_step)))
-    print()
-    print("\n".join(probes_table(runs)))
-    drawing.write({out: lambda file: drawing.save(picture(scores, from_step), file)})
+    titles = {"late": "last two evaluations", "whole": f"from step {from_step:,} on"}
+    fits = {"actor_fit": "actor's loss on new targets, of a fresh network's"}
+    fits["critic_fit"] = fits["actor_fit"].replace("actor", "critic")
+    tables = [versus_table(scores, titles, ",.0f"), versus_table(scores, fits, ".2f")]
+    if control is not None:
+        without = finished_runs(control)
+        unprimed = {arm: scores_of(folders, from_step) for arm, folders in without.items()}
+        tables.append(control_table(scores, unprimed, titles))
+    tables.append(probes_table(runs))
+    page = "\n\n".join("\n".join(lines) for lines in tables) + "\n"
+    print(page)
+    files = {out: lambda file: drawing.save(picture(scores, titles), file)}
+    files[out.with_suffix(".md")] = lambda file: file.write_text(page)
+    drawing.write(files)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import drawing
 import pool
+from estimates import estimate
 from shifted_tasks import TASKS
 
 NE = ["ne_td3_continual.py"]
@@ -175,30 +176,21 @@ def shares_of(out: Path) -> dict[str, np.ndarray]:
     return shares
 
 
-def cell(*samples: np.ndarray) -> str:
-    """Mean, or difference of means, with its 95% interval."""
-    from plasticity import bounds
-
-    value = samples[0].mean()
-    if len(samples) == 2:
-        value -= samples[1].mean()
-    low, high = bounds(*samples)
-    if np.isnan(low):
-        return f"{value:.2f}"
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def table_of(shares: dict[str, np.ndarray]) -> list[str]:
     head = "| arm | seeds | shift 1 | 2 to 5 | 6 to 10 | the last five minus 2 to 5 |"
     lines = [head + " 2 to 10 minus td3 |", "|---" * 7 + "|"]
     for arm, own in shares.items():
         early = own[:, 1:5].mean(axis=1)  # (seeds,)
         late = own[:, 5:].mean(axis=1)
-        cells = [arm, str(len(own)), cell(own[:, 0]), cell(early), cell(late), cell(late - early)]
-        versus = "-"
-        if arm != "td3" and "td3" in shares:
-            versus = cell(own[:, 1:].mean(axis=1), shares["td3"][:, 1:].mean(axis=1))
-        lines.append("| " + " | ".join([*cells, versus]) + " |")
+        cells = [arm, str(len(own))]
+        for values in (own[:, 0], early, late, late - early):
+            cells.append(f"{estimate([values]):.2f}")
+        if arm == "td3" or "td3" not in shares:
+            cells.append("–")
+        else:
+            reference = shares["td3"][:, 1:].mean(axis=1)
+            cells.append(f"{estimate([own[:, 1:].mean(axis=1)], [reference]):.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -228,12 +220,15 @@ def table(folder: tyro.conf.Positional[Path], /, out: Path = Path("shifts.png"))
 
     Args:
         folder: of all runs
-        out: where the PNG goes
+        out: where the PNG goes, and beside it the Markdown
     """
     drawing.check_picture(out)
     shares = shares_of(folder)
-    print("\n".join(table_of(shares)))
-    drawing.write({out: lambda file: drawing.save(picture(shares), file)})
+    page = "\n".join(table_of(shares)) + "\n"
+    print(page)
+    files = {out: lambda file: drawing.save(picture(shares), file)}
+    files[out.with_suffix(".md")] = lambda file: file.write_text(page)
+    drawing.write(files)
 
 
 def main() -> None:

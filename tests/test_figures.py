@@ -1,6 +1,7 @@
 """benchmark/figures.py: means, intervals, what a figure says is missing, the files it writes."""
 
 import csv
+import importlib
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import matrix
 from test_plot import write_continual
 
 ROOT = Path(figures.__file__).parent.parent
+INTERVAL = r"-?[\d,.]+ \[-?[\d,.]+, -?[\d,.]+\]"
 
 
 def write_run(
@@ -169,6 +171,42 @@ def test_the_table_has_a_row_for_each_method(partial):
     assert lines[3].startswith("| TD3 | 15 [10, 20] | 15 [10, 20] | 1.00 [0.67, 1.33] |")
 
 
+def test_differences_are_of_plain_means_with_welchs_interval(tmp_path):
+    for seed, noise in enumerate((-10, 0, 10, 20), 1):
+        write_run(tmp_path, "ne_td3", "A-v1", seed, [200 + noise])
+        write_run(tmp_path, "td3_dense", "A-v1", seed, [100 + noise])
+        write_run(tmp_path, "td3_redo", "A-v1", seed, [100 - noise])
+    methods = ("ne_td3", "td3_dense", "td3_redo", "td3_reset")
+    lines = figures.differences(read(tmp_path, methods, ("A-v1",), 4)).splitlines()
+    assert lines[0].startswith("| 95% interval (Welch) | A-v1, minus TD3 | p |")
+    assert lines[0].endswith(" | A-v1, critics' active ratio, minus TD3 | p |")
+    # 6 degrees of freedom, standard error sqrt(2 * 166.7 / 4)
+    assert lines[2:] == [
+        "| NE-TD3 | 100 [78, 122] | < 0.001 | 0.00 | – |",
+        "| ReDo | -10 [-32, 12] | 0.32 | 0.00 | – |",
+        "| Reset | – | – | – | – |",
+    ]
+    assert figures.differences(read(tmp_path, ("ne_td3",), ("A-v1",), 4)) == ""
+
+
+def test_another_reference(tmp_path):
+    for seed, noise in enumerate((-10, 0, 10), 1):
+        write_run(tmp_path, "ne_td3", "A-v1", seed, [200 + noise])
+        write_run(tmp_path, "td3_dense", "A-v1", seed, [100 + noise])
+    figures.figure(
+        "figure6",
+        (tmp_path,),
+        seeds=3,
+        tasks=("A-v1",),
+        methods=("ne_td3", "td3_dense"),
+        reference="ne_td3",
+        out=tmp_path / "f.png",
+    )
+    page = (tmp_path / "f.md").read_text()
+    assert "normalised by NE-TD3" in page
+    assert "| TD3 | -100 [-123, -77] |" in page
+
+
 # --- files --------------------------------------------------------------------
 def texts(svg: Path) -> str:
     return " ".join(re.findall(r"<!-- (.*?) -->", svg.read_text()))
@@ -244,9 +282,15 @@ def test_the_figure_from_pixels_counts_frames(tmp_path):
             "--quick must be left out with --short",
         ),
         ({"name": "figure6", "methods": ("drq",)}, "--methods must be of ne_td3, td3_dense"),
+        (
+            {"name": "figure6", "methods": ("td3_redo",), "reference": "ne_td3"},
+            "--reference must be of td3_redo, got ne_td3",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, options, says):
+    if "reference" in options:
+        write_run(tmp_path, "td3_redo", "Ant-v5", 1, [1])
     with pytest.raises(SystemExit) as stop:
         figures.figure(results=(tmp_path,), out=tmp_path / "f.png", **options)
     error = capsys.readouterr().err
@@ -259,19 +303,31 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, options, says):
 
 
 # --- the page -----------------------------------------------------------------
-def test_the_tables_of_the_page_are_those_of_the_committed_runs():
-    page = (ROOT / "docs" / "results.md").read_text()
-    command = r"python benchmark/plot.py (\S+) --results results --seeds (\d+)([^\n]*)"
-    commands = re.findall(command, page)
-    assert commands
-    for name, seeds, options in commands:
-        tasks = tuple(re.findall(r"\S+-v\d", options)) or matrix.FIGURES[name].tasks
-        methods = matrix.FIGURES[name].methods
-        results = figures.read(name, methods, tasks, int(seeds), (ROOT / "results",))
-        assert figures.table(results) in page, f"the table of {name} is out of date"
-        text = figures.caption(results, figures.normalised(results)[1])
-        missing = text[text.index("MISSING") :]
-        assert missing in page.replace("\n", " "), f"the caption of {name} is out of date"
+TABLES = re.findall(
+    r"python benchmark/(plot|plasticity|shifts)\.py (\w+ .*)--out (results/figures/\S+)\.png",
+    (ROOT / "results" / "README.md").read_text(),
+)
+
+
+@pytest.mark.parametrize(("script", "options", "out"), TABLES, ids=[out for *_, out in TABLES])
+def test_committed_tables_are_those_of_the_committed_runs(
+    script, options, out, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(drawing, "save", lambda figure, file: file.touch())
+    argv = [f"{script}.py", *options.split(), "--out", str(tmp_path / "new.png")]
+    monkeypatch.setattr(sys, "argv", argv)
+    importlib.import_module(script).main()
+    assert (tmp_path / "new.md").read_text() == (ROOT / f"{out}.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["docs/results.md", "README.md"])
+def test_every_interval_of_a_page_is_in_a_committed_table(page):
+    tables = [file.read_text() for file in (ROOT / "results" / "figures").glob("*.md")]
+    known = set(re.findall(INTERVAL, "\n".join(tables)))
+    said = re.findall(INTERVAL, (ROOT / page).read_text().replace("**", ""))
+    assert said
+    assert [own for own in said if own not in known] == []
 
 
 # --- more ways to draw --------------------------------------------------------

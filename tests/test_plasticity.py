@@ -1,7 +1,6 @@
 """benchmark/plasticity.py: every arm runs, probes on known cases, the table; shifted_tasks.py."""
 
 import csv
-import math
 import os
 import signal
 import subprocess
@@ -329,33 +328,41 @@ def test_table(monkeypatch, tmp_path, capsys):
     for line in out.splitlines():
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) > 1 and cells[1] in ("td3", "ne", "static") and cells[2].isdigit():
-            table[cells[1]] = cells[2:-1]
-    assert table["td3"] == ["3", "100 [75, 125]", "-", "100 [75, 125]", "-"]
-    seeds, late, difference, whole, _ = table["ne"]
+            table.setdefault(cells[1], cells[2:-1])  # of the returns, which come first
+    assert table["td3"] == ["3", "100 [75, 125]", "–", "–", "100 [75, 125]", "–", "–"]
+    seeds, late, difference, p, whole, _, _ = table["ne"]
     assert (seeds, late, whole) == ("3", "200 [175, 225]", "200 [175, 225]")
     # Welch: 4 degrees of freedom, standard error sqrt(2 * 10^2 / 3)
     assert difference == "100 [77, 123]"
-    assert table["static"] == ["1", "150", "50", "150", "50"]
+    assert p == "< 0.001"
+    assert table["static"] == ["1", "150", "50", "–", "150", "50", "–"]
+    assert "| ne | 3 | 1.00 | 0.00 | – | 1.00 | 0.00 | – |" in out
     assert "| ne | after | 1.00 | 1.00 | 1 | 100.0% |" in out
+    assert out.startswith((tmp_path / "priming.md").read_text())
     assert (tmp_path / "priming.png").stat().st_size > 10_000
+
+
+def test_table_of_what_priming_adds(monkeypatch, tmp_path, capsys):
+    levels = {"primed": {"td3": 100, "ne": 200, "static": 0}, "without": {"td3": 70, "ne": 150}}
+    for name, arms in levels.items():
+        (tmp_path / name).mkdir()
+        for arm, level in arms.items():
+            for seed, noise in enumerate((-10, 0, 10), start=1):
+                synthetic(tmp_path / name, arm, seed, level + noise)
+    primed, without = tmp_path / "primed", tmp_path / "without"
+    call(monkeypatch, f"table {primed} --control {without} --out {tmp_path}/priming.png")
+    out = capsys.readouterr().out
+    assert "| td3, last two evaluations | 3, 3 | 70 [45, 95] | – | 30 [7, 53] | – |" in out
+    # 8 degrees of freedom, standard error sqrt(4 * 10^2 / 3)
+    own = "| ne, last two evaluations | 3, 3 | 150 [125, 175] | 80 [57, 103] |"
+    assert f"{own} 50 [27, 73] | 20 [-7, 47] |" in out
+    assert "| static, last two" not in out
 
 
 def test_table_without_runs(monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, f"table {tmp_path}")
     assert stop.value.code == 2
-
-
-def test_a_single_seed_has_no_interval():
-    assert all(math.isnan(bound) for bound in plasticity.bounds(np.array([1.0])))
-
-
-def test_the_interval_of_a_difference_is_welchs():
-    low, high = plasticity.bounds(np.array([0.0, 0.0, 3.0]), np.array([10.0, 11.0, 12.0]))
-    error = math.sqrt(3 / 3 + 1 / 3)
-    assert (low + high) / 2 == pytest.approx(-10)
-    # 3.2 degrees of freedom, a t of 3.07; with pooled variances 4 and 2.78
-    assert (high - low) / 2 == pytest.approx(3.07 * error, rel=0.01)
 
 
 # --- shifted tasks ------------------------------------------------------------

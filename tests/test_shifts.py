@@ -99,7 +99,7 @@ def test_table_and_picture(monkeypatch, tmp_path, capsys):
     assert "left out: ne_seed3 is not at its end" in err
     rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("| ")}
     assert rows["td3"].startswith("| td3 | 2 | 0.60 [-0.67, 1.87] | 0.60 ")
-    assert rows["td3"].endswith("| 0.00 [0.00, 0.00] | - |")
+    assert rows["td3"].endswith("| 0.00 | – |")
     assert rows["ne"].endswith("| 0.20 [-0.41, 0.81] |")
     assert (tmp_path / "shifts.png").stat().st_size > 10_000
 

@@ -10,7 +10,10 @@ import numpy as np
 
 
 class Estimate(NamedTuple):
-    """A mean or a difference of means. Written with a format: f"{own:,.0f}" gives 5 [3, 7]."""
+    """A mean or a difference of means, NaN without data.
+
+    Written with a format: f"{own:,.0f}" gives 5 [3, 7], or a dash for NaN.
+    """
 
     value: float
     low: float = math.nan
@@ -18,6 +21,8 @@ class Estimate(NamedTuple):
     p: float = math.nan  # two-sided, of a true value of 0
 
     def __format__(self, spec: str) -> str:
+        if math.isnan(self.value):
+            return "–"
         text = format(self.value, spec)
         if math.isnan(self.low):
             return text
@@ -34,8 +39,10 @@ def estimate(plus: list[np.ndarray], minus: list[np.ndarray] = ()) -> Estimate:
     from scipy import stats  # here, as it takes a second that other commands need not wait
 
     samples = [*plus, *minus]
+    if min(len(x) for x in samples) == 0:
+        return Estimate(math.nan)
     value = float(sum(x.mean() for x in plus) - sum(x.mean() for x in minus))
-    if min(len(x) for x in samples) < 2:
+    if min(len(x) for x in samples) == 1:
         return Estimate(value)
     variances = [x.var(ddof=1) / len(x) for x in samples]  # of the means
     total = sum(variances)
@@ -64,3 +71,16 @@ def p_cell(p: float) -> str:
     if math.isnan(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def versus(values: dict[str, np.ndarray], reference: str, spec: str) -> dict[str, list[str]]:
+    """{name: cells of its difference from the reference and of Holm's p}, (seeds,) of each."""
+    differences = dict.fromkeys(values, Estimate(math.nan))
+    for name in values:
+        if name != reference and reference in values:
+            differences[name] = estimate([values[name]], [values[reference]])
+    corrected = holm([own.p for own in differences.values()])
+    cells = {}
+    for (name, own), p in zip(differences.items(), corrected, strict=True):
+        cells[name] = [format(own, spec), p_cell(p)]
+    return cells

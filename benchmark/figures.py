@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 import drawing
 import matrix
 from drawing import COLOURS, COLUMNS, Panel, Seed
-from estimates import Estimate, estimate, holm, p_cell
+from estimates import versus
 
 RETURN = "eval/return_mean"
 RESAMPLES = 2_000
@@ -306,21 +306,16 @@ def differences(results: Results) -> str:
     reference = results.figure.reference
     if reference not in results.methods:
         return ""
-    others = [method for method in results.methods if method != reference]
-    lines = [["95% interval (Welch)"], *([results.label(method)] for method in others)]
+    head = ["95% interval (Welch)"]
+    cells = {method: [results.label(method)] for method in results.methods}
     for task in results.tasks:
         for title, column, spec in COMPARED:
-            known = results.final(reference, task, column)
-            found = []
-            for method in others:
-                values = results.final(method, task, column)
-                enough = len(values) and len(known)
-                found.append(estimate([values], [known]) if enough else Estimate(np.nan))
-            lines[0] += [f"{task}{title}, minus {results.label(reference)}", "p"]
-            corrected = holm([own.p for own in found])
-            for line, own, p in zip(lines[1:], found, corrected, strict=True):
-                line += ["–" if np.isnan(own.value) else format(own, spec), p_cell(p)]
-    lines.insert(1, ["---"] * len(lines[0]))
+            head += [f"{task}{title}, minus {results.label(reference)}", "p"]
+            values = {method: results.final(method, task, column) for method in cells}
+            for method, own in versus(values, reference, spec).items():
+                cells[method] += own
+    del cells[reference]
+    lines = [head, ["---"] * len(head), *cells.values()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

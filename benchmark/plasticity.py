@@ -36,7 +36,7 @@ import ne_td3_continuous as ne
 import pool
 import utils_topology as topology
 from baselines import td3_continuous as td3
-from estimates import Estimate, estimate, holm, p_cell
+from estimates import estimate, versus
 from ne_td3_continuous import die
 
 TD3_ARMS = {  # flags of baselines/td3_continuous.py
@@ -736,16 +736,9 @@ def versus_table(scores: dict[str, Scores], titles: dict[str, str], spec: str) -
     cells = {arm: [arm, str(len(own.late))] for arm, own in scores.items()}
     for name in titles:
         values = {arm: getattr(own, name) for arm, own in scores.items()}
-        differences = dict.fromkeys(values, Estimate(math.nan))
-        for arm in values:
-            if arm != "td3" and "td3" in values:
-                differences[arm] = estimate([values[arm]], [values["td3"]])
-        corrected = holm([difference.p for difference in differences.values()])
-        for arm, p in zip(values, corrected, strict=True):
-            minus = differences[arm]
-            cells[arm].append(format(estimate([values[arm]]), spec))
-            cells[arm].append("–" if math.isnan(minus.value) else format(minus, spec))
-            cells[arm].append(p_cell(p))
+        against = versus(values, "td3", spec)
+        for arm, own in values.items():
+            cells[arm] += [format(estimate([own]), spec), *against[arm]]
     lines += ["| " + " | ".join(row) + " |" for row in cells.values()]
     return lines
 
@@ -757,17 +750,19 @@ def control_table(scores: dict, control: dict, titles: dict[str, str]) -> list[s
     for name, title in titles.items():
         primed = {arm: getattr(own, name) for arm, own in scores.items() if arm in control}
         without = {arm: getattr(control[arm], name) for arm in primed}
+        none = np.array([])
         for arm in primed:
-            own = estimate([without[arm]])
-            added = estimate([primed[arm]], [without[arm]])
+            # of td3 itself there is no difference from td3
+            td3_primed = none if arm == "td3" else primed.get("td3", none)
+            td3_without = none if arm == "td3" else without.get("td3", none)
+            estimates = [
+                estimate([without[arm]]),
+                estimate([without[arm]], [td3_without]),
+                estimate([primed[arm]], [without[arm]]),
+                estimate([primed[arm], td3_without], [without[arm], td3_primed]),
+            ]
             cells = [f"{arm}, {title}", f"{len(primed[arm])}, {len(without[arm])}"]
-            if arm == "td3" or "td3" not in primed:
-                cells += [f"{own:,.0f}", "–", f"{added:,.0f}", "–"]
-            else:
-                minus = estimate([without[arm]], [without["td3"]])
-                plus = [primed[arm], without["td3"]]
-                added_to_minus = estimate(plus, [without[arm], primed["td3"]])
-                cells += [f"{e:,.0f}" for e in (own, minus, added, added_to_minus)]
+            cells += [f"{own:,.0f}" for own in estimates]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 

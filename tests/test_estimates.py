@@ -10,7 +10,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmark"))
 
-from estimates import Estimate, estimate, holm, p_cell
+from estimates import Estimate, estimate, holm, versus
 
 A = np.array([0.0, 0.0, 3.0])
 B = np.array([10.0, 11.0, 12.0, 17.0])
@@ -64,7 +64,18 @@ def test_no_interval_of_a_single_seed_or_of_equal_ones(samples):
 def test_format():
     assert f"{Estimate(1234.4):,.0f}" == "1,234"
     assert f"{Estimate(0.5, -0.25, 1.25, 0.2):.2f}" == "0.50 [-0.25, 1.25]"
-    assert [p_cell(p) for p in (math.nan, 0.0002, 0.0123, 1)] == ["–", "< 0.001", "0.012", "1"]
+    assert f"{estimate([A], [np.array([])]):,.0f}" == "–"
+
+
+def test_versus_a_reference():
+    values = {"a": A, "b": B, "far": A + 100, "none": np.array([]), "one": A[:1]}
+    cells = versus(values, "a", ".1f")
+    own = estimate([B], [A])
+    assert cells["a"] == cells["none"] == ["–", "–"]
+    assert cells["b"] == [f"{own:.1f}", f"{own.p:.2g}"]
+    assert cells["far"][0].startswith("100.0 [") and cells["far"][1] == "< 0.001"
+    assert cells["one"] == ["-1.0", "–"]
+    assert versus({"b": B}, "a", ".1f") == {"b": ["–", "–"]}
 
 
 def test_holm():

@@ -16,6 +16,7 @@ import copy
 import csv
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -878,6 +879,9 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # of `| head`; as if it had been killed by SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
+        raise SystemExit(141) from None
 
 
 if __name__ == "__main__":

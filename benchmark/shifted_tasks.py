@@ -10,6 +10,7 @@ Elsewhere, with PYTHONPATH at the folder benchmark, the module is called shifted
 Observations, actions and the length of an episode are those of HalfCheetah-v5.
 """
 
+import signal
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -72,4 +73,6 @@ def main() -> None:
 register()
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     main()

@@ -8,6 +8,7 @@ of 500,000 steps takes 30 to 40 minutes on an idle core with --flags=--compile.
 """
 
 import csv
+import os
 import shlex
 import shutil
 import sys
@@ -238,6 +239,9 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # of `| head`; as if it had been killed by SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
+        raise SystemExit(141) from None
 
 
 if __name__ == "__main__":

@@ -508,4 +508,8 @@ def memory(transitions: int = 500_000, out: Path = OUT) -> None:
 
 if __name__ == "__main__":
     commands = {"compare": compare, "memory": memory, "round": rounds}
-    tyro.extras.subcommand_cli_from_dict(commands)
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands)
+    except BrokenPipeError:  # of `| head`; as if it had been killed by SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
+        raise SystemExit(141) from None

@@ -359,6 +359,19 @@ def test_table_of_what_priming_adds(monkeypatch, tmp_path, capsys):
     assert "| static, last two" not in out
 
 
+def test_a_closed_pipe_ends_the_table_in_silence(tmp_path):
+    """As with `| head`: the exit code is that of a process killed by SIGPIPE."""
+    (tmp_path / "runs").mkdir()
+    synthetic(tmp_path / "runs", "td3", 1, 100)
+    command = [sys.executable, plasticity.__file__, "table", tmp_path / "runs"]
+    command += ["--out", tmp_path / "priming.png"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_table_without_runs(monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, f"table {tmp_path}")

@@ -592,7 +592,7 @@ def require_same(folder: Path, args: dict) -> None:
     stored = json.loads((folder / "args.json").read_text())
     for name, value in args.items():
         if name not in HOW and stored.get(name) != value:
-            flag = "--" + name.replace("_", "–")
+            flag = "--" + name.replace("_", "-")
             there = stored.get(name)
             die(f"{folder} holds another run: {flag} is {there} there, {value} is wanted")
 
@@ -611,7 +611,7 @@ def check_flags(args: Args) -> None:
             value = getattr(args, flag.name)
             low = least.get(flag.name, 1)
             if flag.type is not bool and not low <= value:
-                name = "--" + flag.name.replace("_", "–")
+                name = "--" + flag.name.replace("_", "-")
                 die(f"{name} must be at least {low}, got {value}")
     if args.loss_frequency < 1:
         die(f"--loss-frequency must be at least 1, got {args.loss_frequency}")

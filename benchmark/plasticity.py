@@ -728,16 +728,16 @@ def scores_of(folders: list[Path], from_step: int) -> Scores:
     return Scores(*np.array(found).T)
 
 
-def versus_table(scores: dict[str, Scores], titles: dict[str, str], spec: str) -> list[str]:
-    """Each arm's own value and its difference from TD3's. titles: {field of Scores: title}."""
+def versus_table(scores: dict, titles: dict[str, str], spec: str, reference: str) -> list[str]:
+    """Each arm's own value and its difference from one arm's. titles: {field of Scores: title}."""
     head = "| arm | seeds"
     for title in titles.values():
-        head += f" | {title} | minus td3 | p"
+        head += f" | {title} | minus {reference} | p"
     lines = [head + " |", "|---" * (2 + 3 * len(titles)) + "|"]
     cells = {arm: [arm, str(len(own.late))] for arm, own in scores.items()}
     for name in titles:
         values = {arm: getattr(own, name) for arm, own in scores.items()}
-        against = versus(values, "td3", spec)
+        against = versus(values, reference, spec)
         for arm, own in values.items():
             cells[arm] += [format(estimate([own]), spec), *against[arm]]
     lines += ["| " + " | ".join(row) + " |" for row in cells.values()]
@@ -826,8 +826,8 @@ def picture(scores: dict[str, Scores], titles: dict[str, str]):
     draw_arms(axes[2], {arm: own.critic_fit for arm, own in scores.items()}, "full", 0.15)
     draw_arms(axes[2], {arm: own.actor_fit for arm, own in scores.items()}, "none", -0.15)
     axes[2].axvline(1, color="#999999", linewidth=1, linestyle=":")
-    axes[2].set_title("after priming: critic (full), actor (hollow)", fontsize=10)
-    axes[2].set_xlabel("loss on new targets, of a fresh network's")
+    axes[2].set_title("after priming: critic full, actor hollow", fontsize=10)
+    axes[2].set_xlabel("loss on new targets / a fresh one's")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     labels = [f"{LABELS[arm]} ({len(own.late)})" for arm, own in reversed(scores.items())]
@@ -839,16 +839,18 @@ def table(
     folder: tyro.conf.Positional[Path],
     /,
     control: Path | None = None,
+    reference: ArmName = "td3",
     from_step: int = 25_000,
     out: Path = Path("priming.png"),
 ) -> None:
     """Markdown: returns, trainability, their 95% intervals, the probes' means; and a picture.
 
-    p is of no difference from td3, corrected for the number of arms (Holm).
+    p is of no difference from the reference, corrected for the number of arms (Holm).
 
     Args:
         folder: of all runs
         control: folder of runs with --priming-updates 0, for a table of what priming adds
+        reference: the arm that the others are compared with
         from_step: environment step from which the second return is averaged
         out: where the PNG goes, and beside it the Markdown
     """
@@ -858,7 +860,10 @@ def table(
     titles = {"late": "last two evaluations", "whole": f"from step {from_step:,} on"}
     fits = {"actor_fit": "actor's loss on new targets, of a fresh network's"}
     fits["critic_fit"] = fits["actor_fit"].replace("actor", "critic")
-    tables = [versus_table(scores, titles, ",.0f"), versus_table(scores, fits, ".2f")]
+    tables = [
+        versus_table(scores, titles, ",.0f", reference),
+        versus_table(scores, fits, ".2f", reference),
+    ]
     if control is not None:
         without = finished_runs(control)
         unprimed = {arm: scores_of(folders, from_step) for arm, folders in without.items()}

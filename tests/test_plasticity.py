@@ -340,6 +340,8 @@ def test_table(monkeypatch, tmp_path, capsys):
     assert "| ne | after | 1.00 | 1.00 | 1 | 100.0% |" in out
     assert out.startswith((tmp_path / "priming.md").read_text())
     assert (tmp_path / "priming.png").stat().st_size > 10_000
+    call(monkeypatch, f"table {tmp_path} --reference ne --out {tmp_path}/priming.png")
+    assert "| td3 | 3 | 100 [75, 125] | -100 [-123, -77] |" in capsys.readouterr().out
 
 
 def test_table_of_what_priming_adds(monkeypatch, tmp_path, capsys):

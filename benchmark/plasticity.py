@@ -29,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib import ticker
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
 
@@ -826,6 +827,10 @@ def picture(scores: dict[str, Scores], titles: dict[str, str]):
     draw_arms(axes[2], {arm: own.critic_fit for arm, own in scores.items()}, "full", 0.15)
     draw_arms(axes[2], {arm: own.actor_fit for arm, own in scores.items()}, "none", -0.15)
     axes[2].axvline(1, color="#999999", linewidth=1, linestyle=":")
+    axes[2].set_xscale("log")
+    axes[2].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes[2].xaxis.set_major_formatter("{x:g}")
+    axes[2].xaxis.set_minor_formatter("")
     axes[2].set_title("after priming: critic full, actor hollow", fontsize=10)
     axes[2].set_xlabel("loss on new targets / a fresh one's")
     for ax in axes:

@@ -157,50 +157,71 @@ def returns_of(folder: Path) -> np.ndarray | None:
     return np.array(returns)
 
 
-def shares_of(out: Path) -> dict[str, np.ndarray]:
-    """{arm: (seeds, tasks)}, of the fresh network's return. Raises: SystemExit(2)."""
-    fresh = fresh_returns(out)
-    shares = {}
+def returns_of_arms(out: Path) -> dict[str, np.ndarray]:
+    """{arm: (seeds, tasks)}, of finished runs; says which are not. Raises: SystemExit(2)."""
+    returns = {}
     for arm in ARMS:
         found = []
         for folder in sorted(out.glob(f"{arm}_seed*")):
             if folder.is_dir():
-                returns = returns_of(folder)
-                if returns is None:
+                own = returns_of(folder)
+                if own is None:
                     print(f"left out: {folder.name} is not at its end", file=sys.stderr)
                 else:
-                    found.append(returns / fresh)
+                    found.append(own)
         if found:
-            shares[arm] = np.array(found)
-    if not shares:
+            returns[arm] = np.array(found)
+    if not returns:
         drawing.die(f"there are no finished runs through all tasks in {out}")
-    return shares
+    return returns
 
 
-def table_of(shares: dict[str, np.ndarray]) -> list[str]:
+def share(returns: np.ndarray, fresh: np.ndarray, shifts: slice) -> np.ndarray:
+    """(seeds, tasks), (tasks,) -> (seeds,): the sum over some shifts, of the fresh network's.
+
+    Not the mean of the shares: on some tasks a fresh network learns next to nothing.
+    """
+    return returns[:, shifts].sum(axis=1) / fresh[shifts].sum()
+
+
+def table_of(returns: dict[str, np.ndarray], fresh: np.ndarray) -> list[str]:
     head = "| arm | seeds | shift 1 | 2 to 5 | 6 to 10 | the last five minus 2 to 5 |"
     lines = [head + " 2 to 10 minus td3 |", "|---" * 7 + "|"]
-    for arm, own in shares.items():
-        early = own[:, 1:5].mean(axis=1)  # (seeds,)
-        late = own[:, 5:].mean(axis=1)
+    for arm, own in returns.items():
+        first = share(own, fresh, slice(0, 1))  # (seeds,)
+        early = share(own, fresh, slice(1, 5))
+        late = share(own, fresh, slice(5, None))
         cells = [arm, str(len(own))]
-        for values in (own[:, 0], early, late, late - early):
+        for values in (first, early, late, late - early):
             cells.append(f"{estimate([values]):.2f}")
-        if arm == "td3" or "td3" not in shares:
+        if arm == "td3" or "td3" not in returns:
             cells.append("–")
         else:
-            reference = shares["td3"][:, 1:].mean(axis=1)
-            cells.append(f"{estimate([own[:, 1:].mean(axis=1)], [reference]):.2f}")
+            changed = share(own, fresh, slice(1, None))
+            reference = share(returns["td3"], fresh, slice(1, None))
+            cells.append(f"{estimate([changed], [reference]):.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def picture(shares: dict[str, np.ndarray]):
+def returns_table(returns: dict[str, np.ndarray], fresh: np.ndarray) -> list[str]:
+    """Mean returns, a line for each shift."""
+    lines = ["| shift | task | " + " | ".join(returns) + f" | {FRESH} |"]
+    lines.append("|---" * (len(returns) + 3) + "|")
+    for place, task in enumerate(TASKS):
+        cells = [str(place + 1), short_name(task)]
+        cells += [f"{own[:, place].mean():,.0f}" for own in returns.values()]
+        cells.append(f"{fresh[place]:,.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def picture(returns: dict[str, np.ndarray], fresh: np.ndarray):
     figure, part = drawing.canvas(7, 3.6, "")
     ax = part.subplots()
-    ax.axhline(1, color="#999999", linewidth=1, linestyle=":")
     shifts = np.arange(1, len(TASKS) + 1)
-    for place, (arm, own) in enumerate(shares.items()):
+    ax.bar(shifts, fresh, width=0.8, color="#DDDDDD", label="a fresh TD3, as many steps")
+    for place, (arm, own) in enumerate(returns.items()):
         colour = drawing.COLOURS[place]
         label = f"{LABELS[arm]} ({len(own)} seeds)"
         ax.plot(shifts, own.mean(axis=0), color=colour, linewidth=2, marker="o", label=label)
@@ -210,24 +231,26 @@ def picture(shares: dict[str, np.ndarray]):
             ax.fill_between(shifts, low, high, color=colour, alpha=0.12, linewidth=0)
     ax.set_xticks(shifts)
     ax.set_xlabel("shift")
-    ax.set_ylabel("return, share of\na fresh TD3's with as many steps")
+    ax.set_ylabel("return at the end of its stretch")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
     return figure
 
 
 def table(folder: tyro.conf.Positional[Path], /, out: Path = Path("shifts.png")) -> None:
-    """Markdown: returns as shares of a fresh TD3's; and a picture, with the range of the seeds.
+    """Markdown: shares of a fresh TD3's return, 95% intervals; the returns; and a picture.
 
     Args:
         folder: of all runs
         out: where the PNG goes, and beside it the Markdown
     """
     drawing.check_picture(out)
-    shares = shares_of(folder)
-    page = "\n".join(table_of(shares)) + "\n"
+    fresh = fresh_returns(folder)
+    returns = returns_of_arms(folder)
+    tables = [table_of(returns, fresh), returns_table(returns, fresh)]
+    page = "\n\n".join("\n".join(lines) for lines in tables) + "\n"
     print(page)
-    files = {out: lambda file: drawing.save(picture(shares), file)}
+    files = {out: lambda file: drawing.save(picture(returns, fresh), file)}
     files[out.with_suffix(".md")] = lambda file: file.write_text(page)
     drawing.write(files)
 

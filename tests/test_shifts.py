@@ -101,18 +101,22 @@ def test_table_and_picture(monkeypatch, tmp_path, capsys):
     assert rows["td3"].startswith("| td3 | 2 | 0.60 [-0.67, 1.87] | 0.60 ")
     assert rows["td3"].endswith("| 0.00 | – |")
     assert rows["ne"].endswith("| 0.20 [-0.41, 0.81] |")
+    assert rows["10"] == "| 10 | CheetahBackwardSticky | 600 | 800 | 1,000 |"
     assert (tmp_path / "shifts.png").stat().st_size > 10_000
 
 
-def test_shares_are_of_the_mean_fresh_return(tmp_path):
+def test_shares_are_of_the_sum_of_the_mean_fresh_returns(tmp_path):
     fresh(tmp_path)
     task = shifts.TASKS[2]
-    rows = [{"step": step, "eval/return_mean": 3_000} for step in (10, 20, 30)]
+    rows = [{"step": step, "eval/return_mean": 5_000} for step in (10, 20, 30)]
     write_rows(tmp_path / f"fresh_{shifts.short_name(task)}_seed2", rows)
-    sequence(tmp_path / "ne_seed1", 1.0)
-    expected = np.ones(10)
-    expected[2] = 0.5
-    assert shifts.shares_of(tmp_path)["ne"][0] == pytest.approx(expected)
+    sequence(tmp_path / "ne_seed1", 0.9)
+    yardstick = shifts.fresh_returns(tmp_path)
+    own = shifts.returns_of_arms(tmp_path)["ne"]
+    assert yardstick.tolist() == [1_000, 1_000, 3_000] + [1_000] * 7
+    assert own == pytest.approx(np.full((1, 10), 900))
+    assert shifts.share(own, yardstick, slice(1, 5)) == pytest.approx([0.6])
+    assert shifts.share(own, yardstick, slice(5, None)) == pytest.approx([0.9])
 
 
 def test_refuses_a_folder_without_the_yardstick(monkeypatch, tmp_path, capsys):

@@ -1699,7 +1699,7 @@ def compiled(method, *inputs):
         graph(method.__self__, *inputs)
     except Exception as e:  # of the compilers, which are many
         reason = str(e).partition("\n")[0]
-        die(f"--compile needs a C++ compiler (Debian: g++, python3-dev): {reason}", code=1)
+        die(f"--compile needs torch 2.13 and a C++ compiler (g++, python3-dev): {reason}", 1)
     return functools.partial(graph, method.__self__)
 
 

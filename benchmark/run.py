@@ -57,7 +57,7 @@ class Args:
     cpus: int | None = None
     """runs at a time on this machine, without --address; default: its cores"""
     gpus_per_run: float | None = None
-    """share of a GPU; default: all GPUs shared evenly among the cores, 0 without"""
+    """share of a GPU; default: evenly among the cores, from pixels or on few cores, else 0"""
     memory_per_run: float = 0
     """GiB that Ray reserves for each run, which limits how many start; 0: not limited"""
     retry_failed: bool = False
@@ -84,6 +84,9 @@ HOW |= {"checkpoint_frequency", "buffer_device", "track", "wandb_project_name", 
 
 # what says which run it is, which is not for --flags to say
 OWN_FLAGS = ("--env-id", "--tasks", "--seed", "--run-dir", "--resume")
+
+# a GPU makes as many steps of a small network as so many cores (docs/speed.md)
+CORES_PER_GPU = 4
 
 # functions of the scripts that fill in what depends on the run, before args.json is written
 FILL_IN = ("scale_to_task", "set_length", "check_sizes", "check_method", "scale_to_run")
@@ -443,13 +446,20 @@ def start_ray(args: Args):
     return ray
 
 
-def resources_of(ray, args: Args) -> dict:
+def even_share(gpus: float, cores: float, pixels: bool) -> float:
+    """Of a GPU, for a run on each core; 0 where the cores alone are faster."""
+    if not pixels and cores > CORES_PER_GPU * gpus:
+        return 0
+    return min(1, int(gpus / max(cores, 1) * 1e4) / 1e4)  # Ray counts in ten-thousandths
+
+
+def resources_of(ray, jobs: list[Job], args: Args) -> dict:
     """What a run takes up. Raises: SystemExit(1) for what is not there: Ray would wait for it."""
     there = ray.cluster_resources()
     share = args.gpus_per_run
     if share is None:
-        gpus_per_cpu = there.get("GPU", 0) / max(there.get("CPU", 0), 1)
-        share = min(1, int(gpus_per_cpu * 1e4) / 1e4)  # Ray counts in ten-thousandths
+        pixels = any("drq" in job.script for job in jobs)
+        share = even_share(there.get("GPU", 0), there.get("CPU", 0), pixels)
     memory = int(args.memory_per_run * 2**30) or None
     if share > there.get("GPU", 0):
         die("--gpus-per-run must be 0 where Ray finds no GPU", code=1)
@@ -509,7 +519,7 @@ def follow(ray, pending: dict, jobs: list[Job]) -> dict[str, str]:
 
 def make_all(ray, jobs: list[Job], args: Args) -> dict[str, str]:
     """Makes the runs. Returns: {name of a run: what went wrong}. Raises: KeyboardInterrupt."""
-    task = ray.remote(make_run).options(**resources_of(ray, args), max_retries=10)
+    task = ray.remote(make_run).options(**resources_of(ray, jobs, args), max_retries=10)
     for job in jobs:
         # here only, so other machines must see the same files
         try:

@@ -408,6 +408,31 @@ class FakeRay:
 
 
 @pytest.mark.parametrize(
+    ("gpus", "cores", "pixels", "share"),
+    [
+        (0, 2, False, 0),
+        (0, 2, True, 0),
+        (1, 16, False, 0),  # the cores alone are faster
+        (1, 16, True, 0.0625),
+        (1, 4, False, 0.25),
+        (8, 3, False, 1),
+        (1, 7, True, 0.1428),  # seven shares must not be more than the GPU
+    ],
+)
+def test_gpus_are_shared_where_that_is_faster(gpus, cores, pixels, share):
+    assert run.even_share(gpus, cores, pixels) == share
+
+
+@pytest.mark.parametrize(("figure", "share"), [("figure6", 0), ("figure10", 0.0625)])
+def test_runs_from_pixels_get_the_gpu_of_many_cores(monkeypatch, figure, share):
+    there = {"CPU": 16.0, "GPU": 1.0, "memory": 2.0**35}
+    monkeypatch.setattr(FakeRay, "cluster_resources", lambda self: there)
+    args = run.Args(figure, seeds=1)
+    jobs = run.jobs_of(args)[:1]
+    assert run.resources_of(FakeRay(), jobs, args)["num_gpus"] == share
+
+
+@pytest.mark.parametrize(
     ("more", "says"),
     [
         (["--gpus-per-run", "0.5"], "--gpus-per-run must be 0 where Ray finds no GPU"),

@@ -625,7 +625,7 @@ def test_compile_without_a_compiler(tmp_path):
     flags = f"{RUN} --compile --run-dir {tmp_path / 'run'}"
     code, _, err = finish(launch(flags, env=environment))
     assert code == 1
-    assert_one_line(err, "--compile needs a C++ compiler", "g++")
+    assert_one_line(err, "--compile needs torch 2.13 and a C++ compiler", "g++")
     assert run_here(f"{RUN} --run-dir {tmp_path / 'run'}") == 0  # the folder can be used
 
 

@@ -324,13 +324,16 @@ def wait_for_lock(lock) -> None:
             time.sleep(0.5)
 
 
-def run_script(command: list[str], log, lock) -> int:
+def run_script(command: list[str], log, lock, gpu: bool) -> int:
     """Exit code of `python COMMAND`. If this call is cancelled, the script saves."""
     print(f"$ python {shlex.join(command)}", file=log, flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if not gpu:  # Ray hides none from a run that was given none
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     child = subprocess.Popen(
         [sys.executable, "-c", ORPHAN_STOPS, str(os.getpid()), *command],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -348,8 +351,8 @@ def run_script(command: list[str], log, lock) -> int:
     return child.returncode
 
 
-def make_run(job: Job) -> str:
-    """Starts or continues the run and waits for its end.
+def make_run(job: Job, gpu: bool = False) -> str:
+    """Starts or continues the run, on the GPU if Ray gave it one, and waits for its end.
 
     The script inherits the lock: should this process be killed, whoever is sent to make the run
     again waits until the orphaned script has saved and ended.
@@ -365,7 +368,7 @@ def make_run(job: Job) -> str:
         folder.mkdir(exist_ok=True)
         (folder / "failed.txt").unlink(missing_ok=True)
         with open(folder / "output.log", "a") as log:
-            code = run_script(command, log, lock)
+            code = run_script(command, log, lock, gpu)
         return outcome(job, code)
 
 
@@ -519,7 +522,8 @@ def follow(ray, pending: dict, jobs: list[Job]) -> dict[str, str]:
 
 def make_all(ray, jobs: list[Job], args: Args) -> dict[str, str]:
     """Makes the runs. Returns: {name of a run: what went wrong}. Raises: KeyboardInterrupt."""
-    task = ray.remote(make_run).options(**resources_of(ray, jobs, args), max_retries=10)
+    resources = resources_of(ray, jobs, args)
+    task = ray.remote(make_run).options(**resources, max_retries=10)
     for job in jobs:
         # here only, so other machines must see the same files
         try:
@@ -529,7 +533,7 @@ def make_all(ray, jobs: list[Job], args: Args) -> dict[str, str]:
     pending = {}
     try:
         for job in jobs:
-            pending[task.remote(job)] = job
+            pending[task.remote(job, gpu=resources["num_gpus"] > 0)] = job
         return follow(ray, pending, jobs)
     except KeyboardInterrupt:
         print("\nstopping: runs save their checkpoints (once more: at once)", file=sys.stderr)

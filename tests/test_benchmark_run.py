@@ -423,6 +423,15 @@ def test_gpus_are_shared_where_that_is_faster(gpus, cores, pixels, share):
     assert run.even_share(gpus, cores, pixels) == share
 
 
+@pytest.mark.parametrize(("gpu", "seen"), [(True, "0,1"), (False, "")])
+def test_a_run_without_a_share_sees_no_gpu(monkeypatch, tmp_path, gpu, seen):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    command = ["-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
+    with open(tmp_path / "log", "w") as log, open(tmp_path / "lock", "w") as lock:
+        assert run.run_script(command, log, lock, gpu) == 0
+    assert (tmp_path / "log").read_text().splitlines()[1:] == [seen]
+
+
 @pytest.mark.parametrize(("figure", "share"), [("figure6", 0), ("figure10", 0.0625)])
 def test_runs_from_pixels_get_the_gpu_of_many_cores(monkeypatch, figure, share):
     there = {"CPU": 16.0, "GPU": 1.0, "memory": 2.0**35}

@@ -344,15 +344,16 @@ def ceilings(setting: Setting) -> list[dict]:
 
 
 # --- commands -----------------------------------------------------------------
-def all_commands(setting: Setting, peers: tuple, others: tuple) -> dict[str, list[str]]:
+def all_commands(setting: Setting, peers: tuple, others: tuple, compiled: bool) -> dict:
     """{contender: [python, script, arguments ...]}. Raises: SystemExit(2) for what cannot be."""
-    dense = ["--initial-density", "1", "--review-floor", "1"]
-    commands = {
-        "NE-TD3, compiled": ours(setting, "--compile"),
-        "NE-TD3": ours(setting),
-        "TD3 (ours, dense), compiled": ours(setting, "--compile", *dense),
-        "TD3 (ours, dense)": ours(setting, *dense),
-    }
+    commands = {}
+    for name, flags in {
+        "NE-TD3": [],
+        "TD3 (ours, dense)": ["--initial-density", "1", "--review-floor", "1"],
+    }.items():
+        if compiled:
+            commands[f"{name}, compiled"] = ours(setting, "--compile", *flags)
+        commands[name] = ours(setting, *flags)
     if setting.cuda:
         commands["NE-TD3, without CUDA graphs"] = ours(setting, "--no-cudagraphs")
     for name in peers:
@@ -392,6 +393,7 @@ def compare(
     setting: Setting = Setting(),  # noqa: B008
     peers: tuple[str, ...] = tuple(PEERS),
     command: tuple[str, ...] = (),
+    compiled: bool = True,
     chunk: int = 100,
     turns: int = 30,
     out: Path = OUT,
@@ -403,11 +405,12 @@ def compare(
         peers: which of them take part; their environments are made at the first use
         command: LABEL=PYTHON SCRIPT [ARGS...], another contender; its first update must come
             within 1,000 steps
+        compiled: ours with --compile, too
         chunk: environment steps of a turn
         turns: turns of each contender
         out: folder of the CSVs and the bar chart
     """
-    commands = all_commands(setting, peers, command)
+    commands = all_commands(setting, peers, command, compiled)
     allowed = cores(setting.threads)
     contenders = []
     for name, line in commands.items():

@@ -95,6 +95,15 @@ def test_the_operations_of_an_update_are_those_of_its_matrix_products():
     assert all(value > 0 for value in limits.values())
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_ours_take_part_compiled_if_asked_for(compiled):
+    commands = speed.all_commands(SMALL, (), (), compiled)
+    assert ("NE-TD3, compiled" in commands) == compiled
+    for name, command in commands.items():
+        assert ("--compile" in command) == name.endswith(", compiled")
+        assert ("--initial-density" in command) == name.startswith("TD3")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

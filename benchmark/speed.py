@@ -344,13 +344,13 @@ def ceilings(setting: Setting) -> list[dict]:
 
 
 # --- commands -----------------------------------------------------------------
-def all_commands(setting: Setting, peers: tuple, others: tuple, compiled: bool) -> dict:
+def all_commands(
+    setting: Setting, peers: tuple, others: tuple, compiled: bool
+) -> dict[str, list[str]]:
     """{contender: [python, script, arguments ...]}. Raises: SystemExit(2) for what cannot be."""
+    dense = ["--initial-density", "1", "--review-floor", "1"]
     commands = {}
-    for name, flags in {
-        "NE-TD3": [],
-        "TD3 (ours, dense)": ["--initial-density", "1", "--review-floor", "1"],
-    }.items():
+    for name, flags in (("NE-TD3", []), ("TD3 (ours, dense)", dense)):
         if compiled:
             commands[f"{name}, compiled"] = ours(setting, "--compile", *flags)
         commands[name] = ours(setting, *flags)

@@ -178,7 +178,7 @@ class NEArgs:
     review_decay: float | None = None
     """weight of the newest count in epsilon (ours); default: floor reached at half the run"""
     review_floor: float = 0.65
-    """least epsilon: at most 1 - floor of the batches are reviews (ours); 1: no reviews"""
+    """slope's least epsilon: at most 1 - floor of the batches are reviews (ours); 1: none"""
     review_tau: float = 0.1
     """for the review, a neuron is dormant at a score (Eq. 1) of at most this (ours)"""
     layer_norm: bool = False
@@ -748,9 +748,9 @@ def scale_to_run(args: Args) -> None:
         agent_steps = args.total_timesteps // args.action_repeat
         args.grow_interval = max(1, agent_steps // 100) * args.action_repeat
     if args.actor_grow_rate is None:
-        args.actor_grow_rate = solve_grow_rate(args, "actor_final_density")
+        args.actor_grow_rate = solve_grow_rate(args, "actor")
     if args.critic_grow_rate is None:
-        args.critic_grow_rate = solve_grow_rate(args, "critic_final_density")
+        args.critic_grow_rate = solve_grow_rate(args, "critic")
     per_update = args.action_repeat * args.update_frequency  # frames
     updates = max(1, (args.total_timesteps - args.learning_starts) // per_update)
     if args.review_interval is None:
@@ -775,23 +775,24 @@ def annealed(args: Args, step: int) -> float:
     return 1 + math.cos(math.pi * step / args.growth_end)
 
 
-def solve_grow_rate(args: Args, final: str) -> float:
-    """alpha that takes a network from --initial-density to about the density of a flag.
+def solve_grow_rate(args: Args, name: str) -> float:
+    """alpha that takes a network from --initial-density to about its final density.
 
     A round leaves 1 - alpha / 2 * (1 + cos(pi t / T_end)) of the inactive connections
     inactive, all rounds leave the product, and with ln(1 - x) = -x that is
 
         exp(-alpha / 2 * sum(1 + cos(pi t / T_end))) = (1 - final) / (1 - initial density)
     """
-    final_density = getattr(args, final)
+    final_density = getattr(args, f"{name}_final_density")
     inactive = 1 - args.initial_density
     total = sum(annealed(args, step) for step in growth_rounds(args))
-    if total == 0 or inactive == 0:
+    grows = args.growth != "none" and getattr(args, f"ne_{name}")
+    if not grows or total == 0 or inactive == 0:
         return 0.0
     if not args.initial_density <= final_density < 1:
-        flag = "--" + final.replace("_", "-")
         low = f"--initial-density ({args.initial_density})"
-        die(f"{flag} must be below 1 and at least {low}, got {final_density}")
+        got = f"got {final_density}"
+        die(f"--{name}-final-density must be below 1 and at least {low}, {got}")
     return min(1.0, 2 / total * math.log(inactive / (1 - final_density)))
 
 
@@ -1213,7 +1214,8 @@ def main() -> None:
                 progress.epsilon = review_threshold(args, progress, dormant, neurons)
                 progress.dormant = dormant
             if args.redo_interval > 0 and progress.updates % args.redo_interval == 0:
-                redo(args, agent, batch)
+                buffer.sample(ne_batch, rng=agent.ne_rng)
+                redo(args, agent, ne_batch)
 
         # step and store
         try:
@@ -1223,6 +1225,10 @@ def main() -> None:
         buffer.add(obs, action, reward, discount)
         episodic_return += reward
         episodic_length += args.action_repeat
+        if done:
+            run.log(step, "charts/episodic_return", episodic_return)
+            run.log(step, "charts/episodic_length", episodic_length)
+            progress.returns.append(episodic_return)
 
         # topology
         if step in rounds:
@@ -1248,9 +1254,6 @@ def main() -> None:
 
         # episode end
         if done:
-            run.log(step, "charts/episodic_return", episodic_return)
-            run.log(step, "charts/episodic_length", episodic_length)
-            progress.returns.append(episodic_return)
             # no environment can be saved inside an episode
             stopping = run.stop_signal is not None
             due = step - run.saved >= args.checkpoint_frequency

@@ -181,7 +181,7 @@ class NEArgs:
     review_decay: float | None = None
     """weight of the newest count in epsilon (ours); default: floor reached at half the run"""
     review_floor: float = 0.65
-    """least epsilon: at most 1 - floor of the batches are reviews (ours); 1: no reviews"""
+    """slope's least epsilon: at most 1 - floor of the batches are reviews (ours); 1: none"""
     review_tau: float = 0.1
     """for the review, a neuron is dormant at a score (Eq. 1) of at most this (ours)"""
     layer_norm: bool = False
@@ -588,7 +588,8 @@ def solve_grow_rate(args: Args) -> float:
     """
     inactive = 1 - args.initial_density
     total = sum(annealed(args, step) for step in growth_rounds(args))
-    if total == 0 or inactive == 0:
+    grows = args.growth != "none" and (args.ne_actor or args.ne_critic)
+    if not grows or total == 0 or inactive == 0:
         return 0.0
     if not args.initial_density <= args.final_density < 1:
         low = f"--initial-density ({args.initial_density})"
@@ -1087,7 +1088,8 @@ def main() -> None:
                 progress.epsilon = review_threshold(args, progress, dormant, neurons)
                 progress.dormant = dormant
             if args.redo_interval > 0 and progress.updates % args.redo_interval == 0:
-                redo(args, agent, batch)
+                buffer.sample(ne_batch, rng=agent.ne_rng)
+                redo(args, agent, ne_batch)
 
         # step and store
         try:
@@ -1099,14 +1101,18 @@ def main() -> None:
         episodic_return += reward
         episodic_length += 1
         ended = terminated or truncated
-        progress.episodes += int(ended)
+        if ended:
+            run.log(step, "charts/episodic_return", episodic_return)
+            run.log(step, "charts/episodic_length", episodic_length)
+            progress.returns.append(episodic_return)
+            progress.episodes += 1
         switch = progress.episodes == args.episodes_per_task
         if args.episodes_per_task is None:
             switch = step % args.steps_per_task == 0
         last = switch and progress.stretches + 1 == args.cycles * len(envs)
 
-        # topology
-        if step in rounds:
+        # topology; a cleared buffer that holds no batch yet has no round
+        if step in rounds and enough:
             buffer.sample(ne_batch, rng=agent.ne_rng)
             topology_round(args, agent, ne_batch, progress, step)
             log_masks(run, agent, step)
@@ -1129,16 +1135,11 @@ def main() -> None:
             evaluate_postponed(run, progress, agent.actor, eval_envs, args, last)
 
         # episode end, or the task's, which may cut an episode
-        if ended:
-            run.log(step, "charts/episodic_return", episodic_return)
-            run.log(step, "charts/episodic_length", episodic_length)
-            progress.returns.append(episodic_return)
         if last:
             break
         if switch:
             progress.stretches += 1
             progress.episodes = 0
-            progress.returns = []
             if args.clear_buffer:
                 buffer.clear()
         if ended or switch:

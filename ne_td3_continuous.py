@@ -154,7 +154,7 @@ class NEArgs:
     review_decay: float | None = None
     """weight of the newest count in epsilon (ours); default: floor reached at half the run"""
     review_floor: float = 0.65
-    """least epsilon: at most 1 - floor of the batches are reviews (ours); 1: no reviews"""
+    """slope's least epsilon: at most 1 - floor of the batches are reviews (ours); 1: none"""
     review_tau: float = 0.1
     """for the review, a neuron is dormant at a score (Eq. 1) of at most this (ours)"""
     layer_norm: bool = False
@@ -533,7 +533,8 @@ def solve_grow_rate(args: Args) -> float:
     """
     inactive = 1 - args.initial_density
     total = sum(annealed(args, step) for step in growth_rounds(args))
-    if total == 0 or inactive == 0:
+    grows = args.growth != "none" and (args.ne_actor or args.ne_critic)
+    if not grows or total == 0 or inactive == 0:
         return 0.0
     if not args.initial_density <= args.final_density < 1:
         low = f"--initial-density ({args.initial_density})"
@@ -884,7 +885,8 @@ def main() -> None:
                 progress.epsilon = review_threshold(args, progress, dormant, neurons)
                 progress.dormant = dormant
             if args.redo_interval > 0 and progress.updates % args.redo_interval == 0:
-                redo(args, agent, batch)
+                buffer.sample(ne_batch, rng=agent.ne_rng)
+                redo(args, agent, ne_batch)
 
         # step and store
         try:
@@ -895,6 +897,11 @@ def main() -> None:
         obs = next_obs
         episodic_return += reward
         episodic_length += 1
+        ended = terminated or truncated
+        if ended:
+            run.log(step, "charts/episodic_return", episodic_return)
+            run.log(step, "charts/episodic_length", episodic_length)
+            progress.returns.append(episodic_return)
 
         # topology
         if step in rounds:
@@ -921,10 +928,7 @@ def main() -> None:
             evaluate_postponed(run, progress, agent.actor, eval_env, args, last)
 
         # episode end
-        if terminated or truncated:
-            run.log(step, "charts/episodic_return", episodic_return)
-            run.log(step, "charts/episodic_length", episodic_length)
-            progress.returns.append(episodic_return)
+        if ended:
             # no environment can be saved inside an episode
             stopping = run.stop_signal is not None
             due = step - run.saved >= args.checkpoint_frequency

@@ -240,8 +240,8 @@ def prune(layers, hidden, budget: int, clip: float, optimizer, rng: torch.Genera
 
     A pruned neuron loses all outgoing connections. Its incoming ones are drawn anew as at
     birth: fan-in at the layer's initial density but never more than it had, never from a
-    neuron pruned in this call, weights and bias from the initialiser. So it is alive again
-    but silent, and the network's output on the batch does not change.
+    dormant neuron, weights and bias from the initialiser. So it is alive again but silent,
+    and the network's output on the batch does not change.
 
     Args:
         layers: all layers of the network, from input to output.
@@ -253,7 +253,11 @@ def prune(layers, hidden, budget: int, clip: float, optimizer, rng: torch.Genera
         How many connections went, at most `budget`.
     """
     neurons = dormant_neurons(hidden, tau=0.0)
-    silenced = [torch.zeros(layer.in_features, dtype=torch.bool) for layer in layers]
+    # before anything goes, so that the order does not matter
+    had = [layer.mask.sum(dim=1).tolist() for layer in layers]
+    awake = [torch.ones(layer.in_features, dtype=torch.bool) for layer in layers]
+    for depth, neuron in neurons:
+        awake[depth + 1][neuron] = False
     gone = 0
     for choice in torch.randperm(len(neurons), generator=rng).tolist():
         depth, neuron = neurons[choice]
@@ -261,11 +265,11 @@ def prune(layers, hidden, budget: int, clip: float, optimizer, rng: torch.Genera
         outgoing = layers[depth + 1]
 
         # what it costs
-        inputs = (~silenced[depth]).nonzero().flatten()
-        had = int(incoming.mask[neuron].sum())
+        inputs = awake[depth].nonzero().flatten()
         at_birth = max(1, round(incoming.initial_density * incoming.in_features))
-        fan_in = min(had, at_birth, len(inputs))
-        cost = had - fan_in + int(outgoing.mask[:, neuron].sum())
+        fan_in = min(int(had[depth][neuron]), at_birth, len(inputs))
+        leaves = int(incoming.mask[neuron].sum()) + int(outgoing.mask[:, neuron].sum())
+        cost = leaves - fan_in
         if gone + cost > budget:
             continue
         gone += cost
@@ -288,7 +292,6 @@ def prune(layers, hidden, budget: int, clip: float, optimizer, rng: torch.Genera
         # outgoing: removed
         outgoing.mask[:, neuron] = 0.0
         silence(outgoing, neuron, optimizer)
-        silenced[depth + 1][neuron] = True
     return gone
 
 

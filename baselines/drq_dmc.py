@@ -505,6 +505,10 @@ def main() -> None:
         buffer.add(obs, action, reward, discount)
         episodic_return += reward
         episodic_length += args.action_repeat
+        if done:
+            run.log(step, "charts/episodic_return", episodic_return)
+            run.log(step, "charts/episodic_length", episodic_length)
+            progress.returns.append(episodic_return)
 
         # rivals that count frames
         if step in resets:
@@ -532,9 +536,6 @@ def main() -> None:
 
         # episode end
         if done:
-            run.log(step, "charts/episodic_return", episodic_return)
-            run.log(step, "charts/episodic_length", episodic_length)
-            progress.returns.append(episodic_return)
             # no environment can be saved inside an episode
             stopping = run.stop_signal is not None
             due = step - run.saved >= args.checkpoint_frequency

@@ -181,7 +181,11 @@ def main() -> None:
         episodic_return += reward
         episodic_length += 1
         ended = terminated or truncated
-        progress.episodes += int(ended)
+        if ended:
+            run.log(step, "charts/episodic_return", episodic_return)
+            run.log(step, "charts/episodic_length", episodic_length)
+            progress.returns.append(episodic_return)
+            progress.episodes += 1
         switch = progress.episodes == args.episodes_per_task
         if args.episodes_per_task is None:
             switch = step % args.steps_per_task == 0
@@ -203,16 +207,11 @@ def main() -> None:
             evaluate_postponed(run, progress, agent.actor, eval_envs, args, last)
 
         # episode end, or the task's, which may cut an episode
-        if ended:
-            run.log(step, "charts/episodic_return", episodic_return)
-            run.log(step, "charts/episodic_length", episodic_length)
-            progress.returns.append(episodic_return)
         if last:
             break
         if switch:
             progress.stretches += 1
             progress.episodes = 0
-            progress.returns = []
             if args.clear_buffer:
                 buffer.clear()
             if args.method == "reset":

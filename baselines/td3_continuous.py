@@ -524,6 +524,11 @@ def main() -> None:
         obs = next_obs
         episodic_return += reward
         episodic_length += 1
+        ended = terminated or truncated
+        if ended:
+            run.log(step, "charts/episodic_return", episodic_return)
+            run.log(step, "charts/episodic_length", episodic_length)
+            progress.returns.append(episodic_return)
 
         # rivals that count environment steps
         if step in resets:
@@ -551,10 +556,7 @@ def main() -> None:
             evaluate_postponed(run, progress, agent.actor, eval_env, args, last)
 
         # episode end
-        if terminated or truncated:
-            run.log(step, "charts/episodic_return", episodic_return)
-            run.log(step, "charts/episodic_length", episodic_length)
-            progress.returns.append(episodic_return)
+        if ended:
             # no environment can be saved inside an episode
             stopping = run.stop_signal is not None
             due = step - run.saved >= args.checkpoint_frequency

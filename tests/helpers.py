@@ -11,6 +11,7 @@ import copy
 import csv
 import gc
 import inspect
+import math
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ne_td3_continuous as ne
 import utils_topology as topology
@@ -179,6 +181,23 @@ def rows(folder: Path) -> list[dict]:
         return []
     with results.open() as file:
         return list(csv.DictReader(file))
+
+
+def assert_rows_have_all_episodes(folder: Path) -> None:
+    """A row's charts/episodic_return is the mean of the episodes since the row before."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    episodes = [(e.step, e.value) for e in events.Scalars("charts/episodic_return")]
+    reported = {int(row["step"]): float(row["charts/episodic_return"]) for row in rows(folder)}
+    before = 0
+    ended_there = []
+    for step, value in reported.items():
+        returns = [r for at, r in episodes if before < at <= step]
+        expected = sum(returns) / len(returns) if returns else math.nan
+        assert value == pytest.approx(expected, rel=1e-5, nan_ok=True)
+        ended_there.append(any(at == step for at, _ in episodes))
+        before = step
+    assert any(ended_there)  # an episode on the row's own step is the row's
 
 
 def load(folder: Path) -> dict:

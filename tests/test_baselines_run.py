@@ -15,6 +15,7 @@ from helpers import (
     assert_equal_runs,
     assert_one_line,
     assert_refused,
+    assert_rows_have_all_episodes,
     count_calls,
     finish,
     in_process,
@@ -96,6 +97,7 @@ def test_a_run_stopped_by_a_signal_resumes_exactly(whole, tmp_path):
     assert [int(row["step"]) for row in rows(stopped)] == [300, 600]
     resume(stopped)
     assert_equal_runs(whole(name)[0], stopped)
+    assert_rows_have_all_episodes(stopped)
 
 
 def test_the_command_that_a_stopped_run_prints_continues_it(tmp_path):

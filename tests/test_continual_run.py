@@ -25,6 +25,7 @@ from helpers import (
     assert_equal_runs,
     assert_one_line,
     assert_refused,
+    assert_rows_have_all_episodes,
     bad_numbers,
     count_calls,
     finish,
@@ -284,9 +285,9 @@ def test_a_run_with_reset_resumes_exactly(tmp_path):
 
 def test_episodes_and_an_emptied_buffer_resume_exactly(tmp_path):
     """A checkpoint at a switch, hence without transitions, and a row before there is a batch."""
-    flags = f"{SMALL} {NE} --episodes-per-task 2 --clear-buffer --checkpoint-frequency 100 "
-    flags += "--eval-frequency 405"
-    undisturbed = run(ne, flags, tmp_path / "whole")
+    flags = f"{SMALL} --episodes-per-task 2 --clear-buffer --checkpoint-frequency 100 "
+    flags += "--eval-frequency 405 --grow-interval 101 --review-interval 20"
+    undisturbed = run(ne, flags, tmp_path / "whole", count_calls("topology_round"))
     folder = tmp_path / "killed"
     assert killed(ne, flags, folder, 410) == 400
     parts = load(folder)["parts"]
@@ -301,7 +302,15 @@ def test_episodes_and_an_emptied_buffer_resume_exactly(tmp_path):
     # none in the 16 steps after a switch, until there is a batch
     assert load(undisturbed)["parts"]["progress"]["updates"] == 1000 - 100 - 3 * 16
     out = (undisturbed / "stdout").read_text()
+    # at 101, 202, ..., 909 without 404, 505 and 909: a few rows say nothing about dormancy
+    assert out.count("called: topology_round") == 6
+    assert_rows_have_all_episodes(undisturbed)
     assert "less what is pruned, if no episode ends early (1,000 steps)\n" in out
+
+
+def test_the_baselines_rows_have_the_last_episode_of_a_task(tmp_path):
+    folder = run(td3, f"{SMALL} --episodes-per-task 2", tmp_path / "run")
+    assert_rows_have_all_episodes(folder)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 0), ("SIGINT", 130), ("SIGUSR1", 0)])

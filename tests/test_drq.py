@@ -649,6 +649,14 @@ def test_what_is_not_given_scales_with_the_run():
         assert ne.planned_density(args, rate, 1_100_000) == pytest.approx(final, abs=0.01)
 
 
+@pytest.mark.parametrize("what", [{"growth": "none"}, {"ne_actor": False}])
+def test_nothing_is_solved_where_nothing_grows(what):
+    args = make_args(initial_density=0.8, **what)
+    ne.scale_to_run(args)
+    assert args.actor_grow_rate == 0  # actor_final_density is 0.75
+    assert (args.critic_grow_rate > 0) == (args.growth != "none")
+
+
 def test_given_values_win():
     given = {"grow_interval": 50, "actor_grow_rate": 0.01, "critic_grow_rate": 0.02}
     given |= {"growth_end": 900, "review_interval": 7, "review_decay": 0.3}

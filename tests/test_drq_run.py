@@ -18,6 +18,7 @@ from helpers import (
     assert_equal_runs,
     assert_one_line,
     assert_refused,
+    assert_rows_have_all_episodes,
     bad_numbers,
     finish,
     in_process,
@@ -124,6 +125,7 @@ def test_a_run_leaves_rows_and_a_checkpoint(whole):
         )
         assert planned >= grown > 0
         assert 0 <= pruned <= 0.4 * grown
+    assert_rows_have_all_episodes(folder)
     for row in results:  # 20 rewards of at most 1 in an episode
         assert 0 < float(row["eval/return_mean"]) < 20
     content = load(folder)
@@ -194,6 +196,7 @@ def test_each_method_acts_when_it_is_due_and_no_other_does(whole, name, calls, p
     for function in RIVALS:
         assert out.count(f"called: {function}") == calls.get(function, 0)
     assert plan in out
+    assert_rows_have_all_episodes(whole(name)[0])
 
 
 def test_before_an_injection_the_run_is_drq_v2(whole):

@@ -75,6 +75,28 @@ def test_reviews_are_drawn_from_the_oldest_share_and_other_batches_from_all(
     assert {oldest for oldest, _, rng in notes if rng is not None} == {1.0}
 
 
+@pytest.mark.parametrize(
+    ("script", "flags"), SCRIPTS, ids=[script.__name__ for script, _ in SCRIPTS]
+)
+def test_redo_looks_at_a_uniform_batch_by_nes_generator(
+    script, flags, tmp_path, monkeypatch, drawn
+):
+    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
+    notes = drawn(script)
+    redo = script.redo
+    looked_at = []
+
+    def noted(args, agent, batch):
+        oldest, _, rng = notes[-1]
+        looked_at.append((oldest, rng is agent.ne_rng))
+        redo(args, agent, batch)
+
+    monkeypatch.setattr(script, "redo", noted)
+    run(monkeypatch, tmp_path / "run", f"{flags} {ALL} --redo-interval 5", script)
+    assert len(looked_at) > 5
+    assert set(looked_at) == {(1.0, True)}
+
+
 TINY = f"{TD3} --env-id fake_task:Plain-v0 --total-timesteps 200 --buffer-size 150 {ALL}"
 
 

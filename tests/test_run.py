@@ -32,6 +32,7 @@ from helpers import (
     assert_equal_runs,
     assert_one_line,
     assert_refused,
+    assert_rows_have_all_episodes,
     bad_numbers,
     finish,
     in_process,
@@ -118,6 +119,7 @@ def test_a_run_leaves_rows_events_arguments_and_a_checkpoint(whole):
     assert 0.65 <= float(results[-1]["ne/review_epsilon"]) < 1
     assert float(results[-1]["ne/review_share"]) > 0
 
+    assert_rows_have_all_episodes(whole)
     events = EventAccumulator(str(whole), size_guidance={"images": 0})
     events.Reload()
     scalars = {"charts/episodic_return", "charts/episodic_length", "eval/return_mean"}

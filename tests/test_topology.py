@@ -163,6 +163,11 @@ def test_a_run_shorter_than_its_random_steps_has_a_schedule_too():
     assert 0 < args.review_decay <= 1
 
 
+@pytest.mark.parametrize("what", [{"growth": "none"}, {"ne_actor": False, "ne_critic": False}])
+def test_nothing_is_solved_where_nothing_grows(what):
+    assert scaled(initial_density=0.97, **what).grow_rate == 0  # final_density is 0.95
+
+
 def test_the_growth_fraction_is_the_cosine_of_the_paper():
     args = scaled(grow_rate=0.05)
     for step in (1, 300_000, 999_999):
@@ -402,6 +407,22 @@ def test_pruning_keeps_to_its_budget_and_to_the_output(seed, budget, density):
         for depth in (0, 1):
             dead = topology.dormancy_scores(hidden[depth]) == 0
             assert not mlp.layers[depth + 1].mask[:, dead].any()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_reset_neuron_keeps_its_fan_in_whatever_else_is_reset(seed):
+    """It is connected to no dormant neuron: what leaves that one may go in the same call."""
+    mlp, adam = trained_mlp([6, 40, 30, 2], 0.5, seed)
+    with torch.no_grad():  # the first 12 neurons of each hidden layer are dormant, no others
+        for layer, width in zip(mlp.layers, (40, 30), strict=False):
+            layer.bias.copy_(torch.where(torch.arange(width) < 12, -100.0, 100.0))
+    hidden = mlp.activations(torch.rand(16, 6))
+    second = mlp.layers[1]
+    at_birth = round(second.initial_density * 40)
+    had = second.mask[:12].sum(dim=1)  # (12,)
+    topology.prune(mlp.layers, hidden, 100_000, 2.0, adam, generator(seed))
+    assert not second.mask[:, :12].any()
+    assert second.mask[:12].sum(dim=1).tolist() == had.clamp(max=at_birth).tolist()
 
 
 def test_a_neuron_that_costs_more_than_is_left_is_skipped_for_a_cheaper_one():

@@ -573,9 +573,8 @@ def print_states(args: Args, states: list[str]) -> None:
     print(f"{args.figure}: {len(states)} runs, {', '.join(counts)}", file=sys.stderr)
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    jobs = jobs_of(args)
+def make(args: Args, jobs: list[Job]) -> None:
+    """Makes the runs that are missing. Raises: SystemExit, with 0 when all are finished."""
     states = {job.name: state_of(job) for job in jobs}
     print_states(args, list(states.values()))
     makes = ["interrupted", "new"]
@@ -594,6 +593,11 @@ def main() -> None:
             problems[job.name] = f"{reason}; made again by --retry-failed"
     problems |= make_due(args, due)
     report(args, jobs, problems)
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    make(args, jobs_of(args))
 
 
 if __name__ == "__main__":

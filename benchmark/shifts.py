@@ -7,10 +7,7 @@ is emptied at each change. The yardstick is a fresh TD3 on each task with as man
 of 500,000 steps takes 30 to 40 minutes on an idle core with --flags=--compile.
 """
 
-import csv
 import os
-import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Literal
@@ -21,18 +18,18 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import drawing
-import pool
+import run
 from estimates import estimate
 from shifted_tasks import TASKS
 
-NE = ["ne_td3_continual.py"]
-TD3 = ["-m", "baselines.td3_continual"]
-ARMS = {  # name in folders: what follows `python`
-    "td3": TD3,
-    "ne": NE,
-    "ne_no_review": [*NE, "--review-floor", "1"],
-    "reset": [*TD3, "--method", "reset"],
-    "layer_norm": [*TD3, "--method", "layer-norm"],
+NE = "ne_td3_continual.py"
+TD3 = "-m baselines.td3_continual"
+ARMS = {  # name in folders: script, its flags
+    "td3": (TD3, []),
+    "ne": (NE, []),
+    "ne_no_review": (NE, ["--review-floor", "1"]),
+    "reset": (TD3, ["--method", "reset"]),
+    "layer_norm": (TD3, ["--method", "layer-norm"]),
 }
 FRESH = "fresh"  # a TD3 of its own on each task
 LABELS = {
@@ -57,40 +54,19 @@ def folders_of(out: Path, arm: str, seed: int) -> dict[str, Path]:
     return {task: out / f"{FRESH}_{short_name(task)}_seed{seed}" for task in TASKS}
 
 
-def command_of(arm: str, seed: int, task: str, stretch: int, flags: str) -> list[str]:
-    """What follows `python`; ten per cent of a stretch are random steps."""
+def job_of(folder: Path, arm: str, seed: int, task: str, stretch: int, more: list) -> run.Job:
+    """Ten per cent of a stretch are random steps. Raises: SystemExit(2) for refused flags."""
     if arm == FRESH:
-        command = ["-m", "baselines.td3_continuous", "--env-id", task]
-        command += ["--total-timesteps", str(stretch)]
+        script = "-m baselines.td3_continuous"
+        flags = ["--env-id", task, "--total-timesteps", str(stretch)]
     else:
-        command = [*ARMS[arm], "--tasks", *TASKS, "--cycles", "1", "--clear-buffer"]
-        command += ["--steps-per-task", str(stretch)]
-    command += ["--seed", str(seed), "--learning-starts", str(stretch // 10)]
-    command += ["--eval-frequency", str(stretch // 5), "--eval-episodes", "2"]
-    return [*command, *shlex.split(flags)]
-
-
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    file = folder / "results.csv"
-    if not file.exists():
-        return []
-    with open(file, newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def is_finished(folder: Path, steps: int) -> bool:
-    rows = rows_of(folder)
-    return bool(rows) and int(rows[-1]["step"]) == steps
-
-
-def job_of(folder: Path, command: list[str]) -> pool.Job:
-    """New, or continued from its checkpoint. What stopped before its first starts over."""
-    if (folder / "checkpoint.pt").exists():
-        script = command[: 2 if command[0] == "-m" else 1]
-        return pool.Job(folder, [*script, "--resume", str(folder)])
-    if folder.exists():
-        shutil.rmtree(folder)
-    return pool.Job(folder, [*command, "--run-dir", str(folder)])
+        script, own = ARMS[arm]
+        flags = [*own, "--tasks", *TASKS, "--cycles", "1", "--clear-buffer"]
+        flags += ["--steps-per-task", str(stretch)]
+    flags += ["--seed", str(seed), "--learning-starts", str(stretch // 10)]
+    flags += ["--eval-frequency", str(stretch // 5), "--eval-episodes", "2", *more]
+    wanted, steps = run.parse(script, flags)
+    return run.Job(folder.name, str(folder), script, flags, steps, wanted, cost=0)
 
 
 def make_runs(
@@ -101,7 +77,7 @@ def make_runs(
     out: Path = Path("runs/shifts"),
     flags: str = "",
 ) -> None:
-    """Makes the runs that are missing, seed by seed; Ctrl-C or SIGTERM stops them all.
+    """Makes the runs that are missing, seed by seed, as run.py does; the same command continues.
 
     Args:
         arms: which
@@ -111,16 +87,21 @@ def make_runs(
         out: folder of all runs; runs of another stretch need another
         flags: further flags of every run, e.g. --flags=--compile
     """
-    out.mkdir(parents=True, exist_ok=True)
+    for name, value, least in (
+        ("seeds", seeds, 1),
+        ("workers", workers, 1),
+        ("stretch", stretch, 10),
+    ):
+        if value < least:
+            drawing.die(f"--{name} must be at least {least}, got {value}")
+    more = run.check_flags(flags)
+    out = Path(os.path.abspath(out))
     jobs = []
     for seed in range(1, seeds + 1):
         for arm in arms:
-            for task, folder in folders_of(out.resolve(), arm, seed).items():
-                steps = stretch if task else stretch * len(TASKS)
-                if not is_finished(folder, steps):
-                    jobs.append(job_of(folder, command_of(arm, seed, task, stretch, flags)))
-    print(f"{len(jobs)} runs to make, {workers} at a time: {out}")
-    pool.make(jobs, workers)
+            for task, folder in folders_of(out, arm, seed).items():
+                jobs.append(job_of(folder, arm, seed, task, stretch, more))
+    run.make(run.Args("shifts", cpus=workers), jobs)
 
 
 # --- what came out ------------------------------------------------------------
@@ -129,51 +110,58 @@ def late_return(rows: list[dict[str, str]]) -> float:
     return float(np.mean([float(row["eval/return_mean"]) for row in rows[-2:]]))
 
 
-def fresh_returns(out: Path) -> np.ndarray:
-    """(tasks,), mean over seeds. Raises: SystemExit(2) where a task has none."""
+def fresh_returns(out: Path, stretch: int) -> np.ndarray:
+    """(tasks,), mean over seeds. Raises: SystemExit(2) where a task has none of that length."""
     means = []
     for task in TASKS:
         found = []
         for folder in sorted(out.glob(f"{FRESH}_{short_name(task)}_seed*")):
-            rows = rows_of(folder)
-            if rows:
+            if is_at(folder, stretch):
+                rows = drawing.read_rows(folder / "results.csv", ["eval/return_mean"])
                 found.append(late_return(rows))
         if not found:
-            drawing.die(f"there is no fresh run on {task} in {out}: make it with --arms {FRESH}")
+            wanted = f"there is no fresh run of {stretch:,} steps on {task} in {out}"
+            drawing.die(f"{wanted}: make it with --arms {FRESH}")
         means.append(np.mean(found))
     return np.array(means)
 
 
-def returns_of(folder: Path) -> np.ndarray | None:
-    """(tasks,), at the end of each task's stretch; None for a run that is not at its end."""
-    rows = rows_of(folder)
+def returns_of(folder: Path) -> np.ndarray:
+    """(tasks,), at the end of each task's stretch."""
+    columns = ["task_trained", "task_evaluated", "charts/episodic_return", "eval/return_mean"]
+    rows = drawing.read_rows(folder / "results.csv", columns)
     returns = []
     for task in TASKS:
         own = [row for row in rows if row["task_trained"] == row["task_evaluated"] == task]
         own = [row for row in own if row["charts/episodic_return"] != "nan"]
         if len(own) < 2:
-            return None
+            drawing.die(f"{folder} has fewer than two evaluations on {task}")
         returns.append(late_return(own))
     return np.array(returns)
 
 
-def returns_of_arms(out: Path) -> dict[str, np.ndarray]:
-    """{arm: (seeds, tasks)}, of finished runs; says which are not. Raises: SystemExit(2)."""
+def is_at(folder: Path, steps: int) -> bool:
+    """Whether a run is at its end; says where it is not."""
+    step = run.last_step(folder)
+    if step != steps:
+        print(f"left out: {folder.name} is at step {step:,} of {steps:,}", file=sys.stderr)
+    return step == steps
+
+
+def returns_of_arms(out: Path) -> tuple[dict[str, np.ndarray], int]:
+    """{arm: (seeds, tasks)}, of finished runs; steps of a stretch. Raises: SystemExit(2)."""
+    folders = {}
+    for arm in ARMS:
+        folders[arm] = [own for own in sorted(out.glob(f"{arm}_seed*")) if own.is_dir()]
+    steps = max((run.last_step(own) for arm in ARMS for own in folders[arm]), default=0)
+    if steps == 0:
+        drawing.die(f"there are no runs through all tasks in {out}")
     returns = {}
     for arm in ARMS:
-        found = []
-        for folder in sorted(out.glob(f"{arm}_seed*")):
-            if folder.is_dir():
-                own = returns_of(folder)
-                if own is None:
-                    print(f"left out: {folder.name} is not at its end", file=sys.stderr)
-                else:
-                    found.append(own)
+        found = [returns_of(own) for own in folders[arm] if is_at(own, steps)]
         if found:
             returns[arm] = np.array(found)
-    if not returns:
-        drawing.die(f"there are no finished runs through all tasks in {out}")
-    return returns
+    return returns, steps // len(TASKS)
 
 
 def share(returns: np.ndarray, fresh: np.ndarray, shifts: slice) -> np.ndarray:
@@ -217,20 +205,20 @@ def returns_table(returns: dict[str, np.ndarray], fresh: np.ndarray) -> list[str
 
 
 def picture(returns: dict[str, np.ndarray], fresh: np.ndarray):
+    """Bars: a fresh TD3; dots: an arm's seeds."""
     figure, part = drawing.canvas(7, 3.6, "")
     ax = part.subplots()
     shifts = np.arange(1, len(TASKS) + 1)
     ax.bar(shifts, fresh, width=0.8, color="#DDDDDD", label="a fresh TD3, as many steps")
     for place, (arm, own) in enumerate(returns.items()):
-        colour = drawing.COLOURS[place]
-        label = f"{LABELS[arm]} ({len(own)} seeds)"
-        ax.plot(shifts, own.mean(axis=0), color=colour, linewidth=2, marker="o", label=label)
-        if len(own) > 1:
-            low = own.min(axis=0)
-            high = own.max(axis=0)
-            ax.fill_between(shifts, low, high, color=colour, alpha=0.12, linewidth=0)
-    ax.set_xticks(shifts)
-    ax.set_xlabel("shift")
+        offset = 0.5 * ((place + 0.5) / len(returns) - 0.5)
+        for seed, values in enumerate(own):
+            label = f"{LABELS[arm]}, each seed" if seed == 0 else None
+            colour = drawing.COLOURS[place]
+            ax.plot(shifts + offset, values, "o", color=colour, markersize=5, label=label)
+    names = [short_name(task).removeprefix("Cheetah") for task in TASKS]
+    ax.set_xticks(shifts, names, rotation=35, ha="right", rotation_mode="anchor")
+    ax.set_xlabel("task, in this order")
     ax.set_ylabel("return at the end of its stretch")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
@@ -245,8 +233,8 @@ def table(folder: tyro.conf.Positional[Path], /, out: Path = Path("shifts.png"))
         out: where the PNG goes, and beside it the Markdown
     """
     drawing.check_picture(out)
-    fresh = fresh_returns(folder)
-    returns = returns_of_arms(folder)
+    returns, stretch = returns_of_arms(folder)
+    fresh = fresh_returns(folder, stretch)
     tables = [table_of(returns, fresh), returns_table(returns, fresh)]
     page = "\n\n".join("\n".join(lines) for lines in tables) + "\n"
     print(page)

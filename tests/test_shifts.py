@@ -1,7 +1,6 @@
 """benchmark/shifts.py: its commands, what it resumes, the table and the picture."""
 
 import csv
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pool
 import shifts
+from helpers import ROOT
 
 
 def write_rows(folder: Path, rows: list[dict]) -> None:
@@ -36,6 +35,12 @@ def sequence(folder: Path, share: float, last_task: int = 10) -> None:
     write_rows(folder, rows)
 
 
+def cut_off(folder: Path, rows: int) -> None:
+    file = folder / "results.csv"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-rows]))
+
+
 def fresh(out: Path) -> None:
     for task in shifts.TASKS:
         rows = [{"step": step, "eval/return_mean": 1_000} for step in (10, 20, 30)]
@@ -51,41 +56,56 @@ def call(monkeypatch, *arguments) -> None:
 @pytest.mark.parametrize("arm", [*shifts.ARMS, shifts.FRESH])
 def test_the_scripts_accept_the_commands(arm, monkeypatch):
     task = shifts.TASKS[1] if arm == shifts.FRESH else ""
-    command = shifts.command_of(arm, 3, task, 50_000, "--compile")
-    script = command[1] if command[0] == "-m" else command[0].removesuffix(".py")
-    module = importlib.import_module(script)
-    monkeypatch.setattr(sys, "argv", [script, *command[2 if command[0] == "-m" else 1 :]])
-    args, _ = module.parse_args(module.Args)
-    assert (args.seed, args.compile, args.learning_starts) == (3, True, 5_000)
+    job = shifts.job_of(Path("runs"), arm, 3, task, 50_000, ["--compile"])
+    wanted = job.wanted
+    assert (wanted["seed"], wanted["compile"], wanted["learning_starts"]) == (3, True, 5_000)
     if arm == shifts.FRESH:
-        assert (args.env_id, args.total_timesteps) == (task, 50_000)
+        assert (wanted["env_id"], job.steps) == (task, 50_000)
     else:
-        assert args.tasks == shifts.TASKS and args.clear_buffer
-        assert (args.steps_per_task, args.cycles) == (50_000, 1)
+        assert tuple(wanted["tasks"]) == shifts.TASKS and wanted["clear_buffer"]
+        assert (wanted["steps_per_task"], wanted["cycles"], job.steps) == (50_000, 1, 500_000)
 
 
-def test_makes_what_is_missing_and_resumes(monkeypatch, tmp_path):
-    sequence(tmp_path / "ne_seed1", 1.0)  # finished at step 300
-    sequence(tmp_path / "reset_seed1", 1.0, last_task=4)
-    (tmp_path / "reset_seed1" / "checkpoint.pt").touch()
+RUN = ("run", "--arms", "td3", "--seeds", 1, "--workers", 1)
+TINY = "--flags=--actor-hidden 8 --critic-hidden 8 --batch-size 8 --no-cuda --max-episode-steps 20"
+
+
+def test_a_run_that_was_stopped_without_a_checkpoint_is_set_aside_and_made_anew(
+    monkeypatch, tmp_path, capsys
+):
     sequence(tmp_path / "td3_seed1", 1.0, last_task=1)
-    made = []
+    flags = [*RUN, "--out", tmp_path, TINY, "--stretch"]
+    command = [sys.executable, "benchmark/shifts.py", *map(str, flags), "20"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert "1 of 1 runs are finished" in made.stderr
+    assert [file.name for file in (tmp_path / "td3_seed1.stopped1").iterdir()] == ["results.csv"]
+    rows = (tmp_path / "td3_seed1" / "results.csv").read_text()
+    assert rows.splitlines()[-1].startswith("200,")
+    # the same command has nothing to do, another stretch is another run
+    for stretch, code, words in ((20, 0, "1 finished"), (30, 2, "holds another run")):
+        with pytest.raises(SystemExit) as stop:
+            call(monkeypatch, *flags, stretch)
+        assert stop.value.code == code and words in capsys.readouterr().err
+        assert (tmp_path / "td3_seed1" / "results.csv").read_text() == rows
 
-    def start(job):
-        made.append(job)
-        return subprocess.Popen([sys.executable, "-c", ""])
 
-    monkeypatch.setattr(pool, "start", start)
-    monkeypatch.setattr(pool.signal, "signal", lambda *_: None)
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--flags='"], "--flags"),
+        (["--flags=--nonsense"], "nonsense"),
+        (["--workers", 0], "--workers must be at least 1, got 0"),
+        (["--seeds", 0], "--seeds must be at least 1, got 0"),
+        (["--stretch", 9], "--stretch must be at least 10, got 9"),
+    ],
+)
+def test_refusals(monkeypatch, tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
-        flags = ["--arms", "ne", "reset", "td3", "--seeds", 1, "--stretch", 30]
-        call(monkeypatch, "run", *flags, "--out", tmp_path)
-    assert stop.value.code == 0
-    reset, td3 = made
-    folder = str(tmp_path / "reset_seed1")
-    assert reset.command == ["-m", "baselines.td3_continual", "--resume", folder]
-    assert td3.command[-2:] == ["--run-dir", str(tmp_path / "td3_seed1")]
-    assert not (tmp_path / "td3_seed1").exists()
+        call(monkeypatch, *RUN, "--out", tmp_path / "runs", *flags)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_table_and_picture(monkeypatch, tmp_path, capsys):
@@ -93,10 +113,14 @@ def test_table_and_picture(monkeypatch, tmp_path, capsys):
     for seed, share in ((1, 0.5), (2, 0.7)):
         sequence(tmp_path / f"td3_seed{seed}", share)
         sequence(tmp_path / f"ne_seed{seed}", share + 0.2)
-    sequence(tmp_path / "ne_seed3", 0.1, last_task=6)
+    sequence(tmp_path / "ne_seed3", 0.1)
+    cut_off(tmp_path / "ne_seed3", rows=10)  # within its last stretch
+    task = shifts.short_name(shifts.TASKS[0])
+    write_rows(tmp_path / f"fresh_{task}_seed2", [{"step": 10, "eval/return_mean": -9_000}])
     call(monkeypatch, "table", tmp_path, "--out", tmp_path / "shifts.png")
     out, err = capsys.readouterr()
-    assert "left out: ne_seed3 is not at its end" in err
+    assert "left out: ne_seed3 is at step 290 of 300" in err
+    assert f"left out: fresh_{task}_seed2 is at step 10 of 30" in err
     rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("| ")}
     assert rows["td3"].startswith("| td3 | 2 | 0.60 [-0.67, 1.87] | 0.60 ")
     assert rows["td3"].endswith("| 0.00 | – |")
@@ -111,8 +135,10 @@ def test_shares_are_of_the_sum_of_the_mean_fresh_returns(tmp_path):
     rows = [{"step": step, "eval/return_mean": 5_000} for step in (10, 20, 30)]
     write_rows(tmp_path / f"fresh_{shifts.short_name(task)}_seed2", rows)
     sequence(tmp_path / "ne_seed1", 0.9)
-    yardstick = shifts.fresh_returns(tmp_path)
-    own = shifts.returns_of_arms(tmp_path)["ne"]
+    yardstick = shifts.fresh_returns(tmp_path, 30)
+    returns, stretch = shifts.returns_of_arms(tmp_path)
+    own = returns["ne"]
+    assert stretch == 30
     assert yardstick.tolist() == [1_000, 1_000, 3_000] + [1_000] * 7
     assert own == pytest.approx(np.full((1, 10), 900))
     assert shifts.share(own, yardstick, slice(1, 5)) == pytest.approx([0.6])
@@ -124,9 +150,20 @@ def test_refuses_a_folder_without_the_yardstick(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, "table", tmp_path)
     assert stop.value.code == 2
-    assert "there is no fresh run on" in capsys.readouterr().err
+    assert "there is no fresh run of 30 steps on" in capsys.readouterr().err
     fresh(tmp_path)
     (tmp_path / "ne_seed1" / "results.csv").unlink()
     with pytest.raises(SystemExit):
         call(monkeypatch, "table", tmp_path)
-    assert "there are no finished runs" in capsys.readouterr().err
+    assert "there are no runs through all tasks" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_refused(monkeypatch, tmp_path, capsys):
+    fresh(tmp_path)
+    sequence(tmp_path / "ne_seed1", 1.0)
+    file = tmp_path / "ne_seed1" / "results.csv"
+    file.write_bytes(file.read_bytes()[:-2])
+    sequence(tmp_path / "ne_seed2", 1.0)
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "table", tmp_path)
+    assert stop.value.code == 2

@@ -20,7 +20,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -115,7 +115,7 @@ def load_policy(path: Path) -> Policy:
         return Policy(content["script"], content["args"], content["step"], returns, weights)
     except OSError as e:
         die(f"cannot read {path.parent / 'results.csv'}: {e.strerror}")
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         die(f"{path} is neither a checkpoint of these scripts nor a policy of them")
 
 
@@ -319,7 +319,14 @@ class Camera:
         self.every = math.ceil(speed / FRAMES_PER_SECOND)  # steps per picture
         self.left = math.ceil(seconds * speed)  # steps still to be filmed
         self.steps = 0
-        self.writer = self.new_writer(speed / self.every)
+        try:
+            self.writer = self.new_writer(speed / self.every)
+        except OSError as e:
+            self.cannot_write(e)
+
+    def cannot_write(self, error: Exception) -> NoReturn:
+        sys.unraisablehook = lambda failure: None  # a broken writer fails once more when deleted
+        die(f"--video: cannot write {self.path}: {' '.join(str(error).split())}")
 
     def new_writer(self, frames_per_second: float):
         library = import_video()
@@ -347,7 +354,7 @@ class Camera:
             try:
                 self.writer.append_data(picture)
             except (OSError, RuntimeError) as e:  # a full disk, an ffmpeg that does not run
-                die(f"--video: cannot write {self.path}: {' '.join(str(e).split())}")
+                self.cannot_write(e)
         self.steps += 1
         self.left -= 1
 
@@ -367,7 +374,10 @@ class Camera:
         return frame.repeat(times, axis=0).repeat(times, axis=1)
 
     def close(self) -> None:
-        self.writer.close()
+        try:
+            self.writer.close()  # a GIF is written here
+        except (OSError, RuntimeError) as e:
+            self.cannot_write(e)
         print(f"{self.path}: {self.path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -40,6 +40,7 @@ import utils_topology as topology
 from baselines import td3_continuous as td3
 from estimates import estimate, versus
 from ne_td3_continuous import die
+from run import last_step, stored_args
 
 TD3_ARMS = {  # flags of baselines/td3_continuous.py
     "td3": {},
@@ -167,7 +168,7 @@ def arm_args(args: Args, n_obs: int, n_act: int):
     for name, value in (TD3_ARMS | NE_ARMS)[args.arm].items():
         setattr(own, name, value)
     if args.arm == "reset":
-        own.reset_interval = max(1, args.total_timesteps // 2)
+        own.reset_interval = math.ceil(args.total_timesteps / 2)
     if args.arm == "small_dense":
         density = ne.Args.initial_density
         own.actor_hidden = small_widths(n_obs, args.actor_hidden, n_act, density)
@@ -459,13 +460,6 @@ def append_row(file: Path, row: dict) -> None:
         table.writerow(row)
 
 
-def read_rows(file: Path) -> list[dict[str, str]]:
-    if not file.exists():
-        return []
-    with open(file, newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def write_losses(learner: Learner, folder: Path, step: int) -> None:
     learner.require_finite()
     learner.measure_losses()
@@ -579,18 +573,21 @@ def folder_of(out: Path, arm: str, seed: int) -> Path:
 
 def is_finished(folder: Path) -> bool:
     """The probe at the end is the last that a run writes."""
-    rows = read_rows(folder / "probes.csv")
-    return bool(rows) and rows[-1]["point"] == "end"
+    file = folder / "probes.csv"
+    if not file.exists():
+        return False
+    last = file.read_text(errors="replace").splitlines()[-1]
+    return last.partition(",")[0] == "end"
 
 
-def last_step(folder: Path) -> int:
-    rows = read_rows(folder / "results.csv")
-    return int(rows[-1]["step"]) if rows else 0
+def as_stored(args: Args) -> dict:
+    """What args.json holds."""
+    return json.loads(json.dumps(vars(args), default=str))
 
 
 def require_same(folder: Path, args: dict) -> None:
     """Raises: SystemExit(2) where the folder holds a run with other arguments."""
-    stored = json.loads((folder / "args.json").read_text())
+    stored = stored_args(folder)
     for name, value in args.items():
         if name not in HOW and stored.get(name) != value:
             flag = "--" + name.replace("_", "-")
@@ -622,7 +619,7 @@ def priming(run: RunArgs, phases: PrimingArgs, agent: TD3Args, probes: ProbeArgs
     """One run of one arm. A finished run is not made again, an interrupted one starts over."""
     args = Args(**vars(run), **vars(phases), **vars(agent), **vars(probes))
     check_flags(args)
-    stored = json.loads(json.dumps(vars(args), default=str))
+    stored = as_stored(args)
     folder = folder_of(args.out, args.arm, args.seed)
     folder.mkdir(parents=True, exist_ok=True)
     lock = ne.lock(folder)  # another process may be at it
@@ -659,15 +656,26 @@ def make_runs(
         out: folder of all runs
         flags: further flags of every run, e.g. --flags=--compile
     """
-    out.mkdir(parents=True, exist_ok=True)
+    for name, value in (("seeds", seeds), ("workers", workers)):
+        if value < 1:
+            die(f"--{name} must be at least 1, got {value}")
+    try:
+        more = shlex.split(flags)
+    except ValueError as e:
+        die(f"--flags: {e}, got {flags}")
     due = []
     for seed in range(1, seeds + 1):
         for arm in arms:
             folder = folder_of(out.resolve(), arm, seed)
+            words = ["--arm", arm, "--seed", str(seed), "--out", str(folder.parent)]
+            words += more
+            wanted = tyro.cli(Args, args=words)
+            check_flags(wanted)
+            if (folder / "args.json").exists() and last_step(folder) > 0:
+                require_same(folder, as_stored(wanted))
             if not is_finished(folder):
-                command = [__file__, "priming", "--arm", arm, "--seed", str(seed)]
-                command += ["--out", str(folder.parent), *shlex.split(flags)]
-                due.append(pool.Job(folder, command))
+                due.append(pool.Job(folder, [__file__, "priming", *words]))
+    out.mkdir(parents=True, exist_ok=True)
     print(f"{seeds * len(arms)} runs, {len(due)} to make, {workers} at a time: {out}")
     pool.make(due, workers)
 
@@ -717,13 +725,22 @@ def finished_runs(folder: Path) -> dict[str, list[Path]]:
     return runs
 
 
+def read_probes(folder: Path) -> list[dict[str, str]]:
+    """Raises: SystemExit(2) for a damaged file."""
+    rows = drawing.read_rows(folder / "probes.csv", ["point", *PROBES])
+    points = [row["point"] for row in rows]
+    if points != ["before", "after", "end"]:
+        die(f"{folder / 'probes.csv'} must have the points before, after, end, got {points}")
+    return rows
+
+
 def scores_of(folders: list[Path], from_step: int) -> Scores:
     found = []
     for folder in folders:
-        rows = read_rows(folder / "results.csv")
+        rows = drawing.read_rows(folder / "results.csv", ["step", "eval/return_mean"])
         returns = [float(row["eval/return_mean"]) for row in rows]
         counted = [float(row["eval/return_mean"]) for row in rows if int(row["step"]) >= from_step]
-        probes = {row["point"]: row for row in read_rows(folder / "probes.csv")}
+        probes = {row["point"]: row for row in read_probes(folder)}
         fits = [float(probes["after"][f"{name}/fit_ratio"]) for name in ("actor", "critic")]
         found.append([np.mean(returns[-2:]), np.mean(counted or math.nan), *fits])
     return Scores(*np.array(found).T)
@@ -790,7 +807,7 @@ def probes_table(runs: dict[str, list[Path]]) -> list[str]:
     for arm, folders in runs.items():
         rows = []
         for folder in folders:
-            rows += read_rows(folder / "probes.csv")
+            rows += read_probes(folder)
         for point in ("before", "after", "end"):
             cells = [arm, point]
             for column, style in PROBES.items():
@@ -889,6 +906,8 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except FileExistsError as e:  # --out is a file
+        die(f"--out must be a folder that can be written: {e}")
     except BrokenPipeError:  # of `| head`; as if it had been killed by SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
         raise SystemExit(141) from None

@@ -83,7 +83,7 @@ HOW = {"run_dir", "resume", "cuda", "cudagraphs", "compile", "torch_threads"}
 HOW |= {"checkpoint_frequency", "buffer_device", "track", "wandb_project_name", "wandb_entity"}
 
 # what says which run it is, which is not for --flags to say
-OWN_FLAGS = ("--env-id", "--tasks", "--seed", "--run-dir", "--resume")
+OWN_FLAGS = ("--env-id", "--tasks", "--episodes-per-task", "--seed", "--run-dir", "--resume")
 
 # a GPU makes as many steps of a small network as so many cores (docs/speed.md)
 CORES_PER_GPU = 4

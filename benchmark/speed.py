@@ -42,9 +42,9 @@ PEERS = {  # name: package, and the name of its environment and in peer.py
 }
 
 
-def die(message: str) -> NoReturn:
+def die(message: str, code: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 @dataclass
@@ -410,6 +410,8 @@ def compare(
         turns: turns of each contender
         out: folder of the CSVs and the bar chart
     """
+    if setting.cuda and not torch.cuda.is_available():
+        die("--setting.cuda needs a GPU that torch can use, and there is none")
     commands = all_commands(setting, peers, command, compiled)
     allowed = cores(setting.threads)
     contenders = []
@@ -418,9 +420,9 @@ def compare(
     warm_up(contenders)
     take_turns(contenders, turns)
     print_ratios(contenders, fastest_peer(contenders))
+    write_csv(out / "speed_compare.csv", turns_of(contenders))
     limits = ceilings(setting)
     print_table(limits)
-    write_csv(out / "speed_compare.csv", turns_of(contenders))
     write_csv(out / "speed_ceilings.csv", limits)
     widths = "-".join(map(str, setting.widths))
     threads = "1 thread" if setting.threads == 1 else f"{setting.threads} threads"
@@ -468,7 +470,7 @@ def rounds(widths: tuple[int, ...] = (128, 256, 512, 1024, 2048), out: Path = OU
 
 
 def peak_after(transitions: int, results) -> None:
-    """In a process of its own: updates, then a checkpoint; puts (peak, buffer) in MiB."""
+    """In a process of its own: updates, then a checkpoint; sends (peak, buffer) in MiB."""
     torch.set_num_threads(1)
     setting = Setting(env_id="Humanoid-v5", widths=(256, 128))
     args, agent, buffer = make_agent(setting, transitions)
@@ -481,7 +483,7 @@ def peak_after(transitions: int, results) -> None:
         parts = {"agent": agent.state_dict(), "buffer": buffer.state_dict()}
         torch.save(parts, Path(folder) / "checkpoint.pt")  # as `Run.save` does
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    results.put((peak, buffer.data.nbytes / 2**20))
+    results.send((peak, buffer.data.nbytes / 2**20))
 
 
 def memory(transitions: int = 500_000, out: Path = OUT) -> None:
@@ -491,13 +493,20 @@ def memory(transitions: int = 500_000, out: Path = OUT) -> None:
         transitions: capacity of the buffer, all of it filled
         out: folder of the CSV
     """
+    if transitions < 256:
+        die(f"--transitions must be at least 256, a batch, got {transitions}")
     context = multiprocessing.get_context("spawn")
     measured = []
     for size in (256, transitions):
-        results = context.Queue()
-        process = context.Process(target=peak_after, args=(size, results))
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=peak_after, args=(size, sender))
         process.start()
-        measured.append(results.get())
+        sender.close()  # so that the child's end is the only one
+        try:
+            measured.append(receiver.recv())
+        except EOFError:
+            process.join()
+            die(f"the process with {size:,} transitions died, exit code {process.exitcode}", 1)
         process.join()
     base = measured[0][0]
     peak, buffer = measured[1]

@@ -1,5 +1,6 @@
 """benchmark/enjoy.py: what it plays is the trained policy, for every script; videos; bad input."""
 
+import ctypes.util
 import inspect
 import os
 import subprocess
@@ -182,12 +183,19 @@ def test_needs_no_dm_control_and_no_opengl(run, tmp_path):
 
 
 # --- videos -------------------------------------------------------------------
+NEEDS_OPENGL = pytest.mark.skipif(
+    "MUJOCO_GL" not in os.environ and ctypes.util.find_library("EGL") is None,
+    reason="no libEGL here",
+)
+
+
 def frames_of(path) -> list[np.ndarray]:
     """(H, W, 3) each."""
     with imageio.get_reader(path) as video:
         return [frame[..., :3].astype(int) for frame in video]
 
 
+@NEEDS_OPENGL
 def test_videos_of_a_state_task(run, tmp_path, command, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
     seen = {}
@@ -222,6 +230,7 @@ def test_video_of_pixels_is_what_the_agent_sees(tmp_path, command, monkeypatch):
     assert np.abs(frames[0][::times, ::times] - first).mean() < 8  # a palette of 256 colours
 
 
+@NEEDS_OPENGL
 def test_each_task_of_a_sequence_has_a_video(tmp_path, command, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
     slower = "test_enjoy:SlowPictures-v0"
@@ -271,7 +280,9 @@ def test_refuses_what_is_no_policy(run, tmp_path, command):
     text = tmp_path / "text.pt"
     text.write_text("not a zip archive")
     refused(command(text), "text.pt is damaged, or neither a checkpoint nor a policy")
-    for number, content in enumerate(({"format": "old 1"}, [1, 2], {"script": "sac"})):
+    for number, content in enumerate(
+        ({"format": "old 1"}, [1, 2], {"script": "sac"}, torch.zeros(2))
+    ):
         foreign = tmp_path / f"foreign{number}.pt"
         torch.save(content, foreign)
         refused(command(foreign), f"foreign{number}.pt is ")
@@ -330,6 +341,18 @@ def test_refuses_flags(run, tmp_path, command):
     refused(command(run, "--video", below), "--video must be in a folder", str(below))
     refused(command(run, "--export", below), "--export must be in a folder", str(below))
     refused(command(run, "--export", tmp_path), "--export: cannot write", str(tmp_path))
+
+
+def test_a_video_that_cannot_be_written(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be as before
+    save(tmp_path, "ne_drq_dmc", *new_agent("ne_drq_dmc"))
+    (tmp_path / "folder.gif").mkdir()
+    (tmp_path / "full.gif").symlink_to("/dev/full")
+    for name in ("folder.gif", "full.gif"):
+        path = tmp_path / name
+        result = command(tmp_path, "--video", path, "--episodes", 1)
+        refused(result, f"--video: cannot write {path}")
 
 
 def test_says_which_library_is_missing(run, command, monkeypatch, tmp_path):

@@ -163,6 +163,37 @@ def test_run_makes_what_is_missing(monkeypatch, tmp_path, capsys):
     assert "failed: static_seed1" in capsys.readouterr().err
 
 
+def test_run_refuses_what_is_not_the_same(monkeypatch, tmp_path, capsys):
+    """A finished run of other flags is not the one that is asked for."""
+    prime(monkeypatch, tmp_path, "td3")
+    monkeypatch.setattr(pool, "make", lambda due, workers: print(f"made {len(due)}"))
+    same = f"{SMALL} {RUN} {PRIMING}"
+    for flags, words in (
+        (same, "made 0"),
+        (f"{same} --gamma 0.5", "holds another run: --gamma is 0.95 there, 0.5 is wanted"),
+        (f"{same} --nonsense", "nonsense"),
+        ("'", "--flags: No closing quotation"),
+    ):
+        run = ["plasticity.py", "run", "--arms", "td3", "--seeds", "1", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", [*run, f"--flags={flags}"])
+        code = 0
+        try:
+            plasticity.main()
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        assert words in said.out + said.err
+        assert code == (0 if "made" in words else 2)
+
+
+@pytest.mark.parametrize("flags", ["--workers 0", "--seeds 0", "--out /dev/null"])
+def test_run_refuses(flags, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, f"run --arms td3 {flags}")
+    assert stop.value.code == 2
+    assert flags.split()[0] in capsys.readouterr().err
+
+
 def test_stopping_run_stops_its_children(tmp_path):
     command = [sys.executable, "benchmark/plasticity.py", "run", "--arms", "td3", "--seeds", "1"]
     command += ["--out", str(tmp_path), f"--flags={SMALL} {RUN} --priming-updates 1000000"]
@@ -342,6 +373,17 @@ def test_table(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "priming.png").stat().st_size > 10_000
     call(monkeypatch, f"table {tmp_path} --reference ne --out {tmp_path}/priming.png")
     assert "| td3 | 3 | 100 [75, 125] | -100 [-123, -77] |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "cut"), [("results.csv", 2), ("probes.csv", 2)])
+def test_a_damaged_file_is_refused(name, cut, monkeypatch, tmp_path, capsys):
+    synthetic(tmp_path, "td3", 1, 100)
+    file = tmp_path / "td3_seed1" / name
+    file.write_bytes(file.read_bytes()[:-cut])
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, f"table {tmp_path} --out {tmp_path}/priming.png")
+    assert stop.value.code == 2
+    assert "is damaged: a row of it is not complete" in capsys.readouterr().err
 
 
 def test_table_of_what_priming_adds(monkeypatch, tmp_path, capsys):

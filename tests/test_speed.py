@@ -113,6 +113,11 @@ def test_ours_take_part_compiled_if_asked_for(compiled):
             "--command must be LABEL=PYTHON SCRIPT [ARGS...], got CleanRL",
         ),
         ({"peers": (), "setting": speed.Setting(threads=10_000)}, "--threads must be 1 to"),
+        pytest.param(
+            {"peers": (), "setting": speed.Setting(cuda=True)},
+            "--setting.cuda needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(capsys, arguments, words):
@@ -127,6 +132,14 @@ def test_the_buffer_is_neither_copied_by_updates_nor_by_a_checkpoint(tmp_path):
     mebibytes = 100_000 * (2 * 348 + 17 + 2) * 4 / 2**20
     assert float(row["buffer_mib"]) == pytest.approx(mebibytes, abs=1)
     assert float(row["ratio"]) < 1.2
+
+
+def test_a_process_that_dies_is_not_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "peak_after", os._exit)  # as if it had run out of memory
+    for transitions, words in ((255, "--transitions must be at least 256"), (300, "died")):
+        with pytest.raises(SystemExit) as stop:
+            speed.memory(transitions)
+        assert stop.value.code in (1, 2) and words in capsys.readouterr().err
 
 
 def test_a_round_is_timed_with_and_without_growth(tmp_path, monkeypatch):

@@ -255,7 +255,7 @@ def pen_of(place: int, count: int, column: str, style) -> Pen:
     width = 2.0 if count <= CROWD else 1.3
     if column.endswith("/density"):
         # methods of equal density: each line shows on both sides of the next one
-        width = 1.3 + 1.6 * (count - 1 - place)
+        width = 1.3 + (count - 1 - place)
     return Pen(COLOURS[place], style, width, bands=count <= CROWD)
 
 

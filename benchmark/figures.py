@@ -22,6 +22,7 @@ from estimates import versus
 
 RETURN = "eval/return_mean"
 RESAMPLES = 2_000
+FEW = 4  # fewer seeds have no interval that means 95%
 COMPARED = (  # (words after the task, column, format) of the second table
     ("", RETURN, "z,.0f"),
     (", critics' active ratio", "ne/critic/active_ratio_0.1", "z.2f"),  # z: no "-0.00"
@@ -240,13 +241,16 @@ def caption(results: Results, tasks: list[str]) -> str:
     else:
         text = "Thick: interquartile mean over seeds, shaded: its 95% interval (stratified "
         text += "bootstrap), thin: single seeds. "
-    if fewest(results) < 4:
-        text += "With fewer than four seeds the mean is the plain one; with three the interval is "
-        text += "their range; with one there is none. "
+    few = fewest(results) < FEW
+    if few:
+        text += "With fewer than four seeds the mean is the plain one"
+        text += ". " if crowded(results) else " and the shaded interval their range. "
     reference = results.label(results.figure.reference)
     if tasks:
         text += "Bars: mean return over the last tenth of a run"
-        if crowded(results):
+        if few:
+            text += ", dots: single seeds"
+        elif crowded(results):
             text += ", with its 95% interval (stratified bootstrap)"
         text += f", divided by {reference}'s, which is taken as known"
         text += ". " if tasks == list(results.tasks) else f", on {', '.join(tasks)} only. "
@@ -350,12 +354,17 @@ def draw_panel(ax, results: Results, task: str, columns: tuple[str, ...]) -> Non
 
 
 def draw_bar(ax, place: int, colour: str, scores: list[np.ndarray]) -> None:
-    """A method's aggregate with its interval and its number."""
+    """A method's aggregate with its number, and its interval or, of few seeds, each of them."""
     value = iqm(*scores, axis=0)
-    low, high = interval(*scores)
     ax.barh(place, value, color=colour, alpha=0.6, height=0.6)
-    ax.plot([low, high], [place, place], color="black", linewidth=1.2, marker="|", markersize=6)
-    right = np.nanmax([value, high, 0])
+    style = {"color": "black", "linewidth": 1.2, "marker": "|", "markersize": 6}
+    if min(map(len, scores)) < FEW:
+        shown = np.concatenate(scores)
+        style |= {"linewidth": 0, "marker": "o", "markersize": 3}
+    else:
+        shown = interval(*scores)
+    ax.plot(shown, [place] * len(shown), **style)
+    right = max(value, *shown, 0)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     style = {"va": "center", "fontsize": 9, "bbox": box, "textcoords": "offset points"}
     ax.annotate(f"{value:.2f}", (right, place), (6, 0), **style)

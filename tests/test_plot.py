@@ -168,7 +168,7 @@ def test_lines_of_many_methods_are_thin_and_without_bands(tmp_path):
 def test_lines_of_equal_density_all_show():
     widths = [drawing.pen_of(place, 6, "ne/actor/density", "-").width for place in range(6)]
     for below, above in itertools.pairwise(widths):  # drawn one after the other
-        assert below >= above + 1
+        assert below >= above + 0.99  # a pixel on each side
 
 
 @pytest.mark.parametrize(

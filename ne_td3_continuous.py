@@ -3,7 +3,7 @@
 Paper: Neuroplastic Expansion in Deep Reinforcement Learning, arXiv 2410.07994.
        §, Eq. and Table refer to it; docs/ne_td3.md numbers the deviations from it.
 Run:   python ne_td3_continuous.py --env-id HalfCheetah-v5    (--help lists all flags)
-       about 1.5 hours per million steps on one CPU core; a return of 5,250 to 6,000
+       about 1.5 hours per million steps on one CPU core; a return of 5,250 to 6,750
        after 200,000 steps of a run that long
 With --initial-density 1 --review-floor 1 it is TD3, bit for bit.
 

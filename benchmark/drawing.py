@@ -343,6 +343,8 @@ def settle(figure: Figure) -> None:
     """Lays the figure out for good, at round places: the last bits differ from time to time."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
+    for part in figure.subfigs:
+        part.bbox_relative.set_points(np.round(part.bbox_relative.get_points(), 6))
     for ax in figure.get_axes():
         ax.set_position(np.round(ax.get_position().bounds, 6))
 

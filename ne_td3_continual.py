@@ -1581,11 +1581,11 @@ class CudaGraph:
 
 def compiled(method, *inputs):
     """A method, as one graph for such inputs. Raises: SystemExit(1) without a compiler."""
-    torch._dynamo.config.trace_autograd_ops = True
-    options = {"cpp_wrapper": not torch.cuda.is_available()}
-    # nothing is checked at a call: shapes stay as they are
-    options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     try:
+        torch._dynamo.config.trace_autograd_ops = True
+        options = {"cpp_wrapper": not torch.cuda.is_available()}
+        # nothing is checked at a call: shapes stay as they are
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
         graph = torch.compile(method, fullgraph=True, options=options)
         graph = graph.aot_compile((inputs, {}))
         graph(method.__self__, *inputs)

@@ -243,7 +243,7 @@ def caption(results: Results, tasks: list[str]) -> str:
         text += "bootstrap), thin: single seeds. "
     few = fewest(results) < FEW
     if few:
-        text += "With fewer than four seeds the mean is the plain one"
+        text += "Of fewer than four values it is the plain mean"
         text += ". " if crowded(results) else " and the shaded interval their range. "
     reference = results.label(results.figure.reference)
     if tasks:
@@ -353,12 +353,12 @@ def draw_panel(ax, results: Results, task: str, columns: tuple[str, ...]) -> Non
     drawing.dress(ax, columns)
 
 
-def draw_bar(ax, place: int, colour: str, scores: list[np.ndarray]) -> None:
-    """A method's aggregate with its number, and its interval or, of few seeds, each of them."""
+def draw_bar(ax, place: int, colour: str, scores: list[np.ndarray], few: bool) -> None:
+    """A method's aggregate with its number, and its interval or, if seeds are few, each of them."""
     value = iqm(*scores, axis=0)
     ax.barh(place, value, color=colour, alpha=0.6, height=0.6)
     style = {"color": "black", "linewidth": 1.2, "marker": "|", "markersize": 6}
-    if min(map(len, scores)) < FEW:
+    if few:
         shown = np.concatenate(scores)
         style |= {"linewidth": 0, "marker": "o", "markersize": 3}
     else:
@@ -371,10 +371,11 @@ def draw_bar(ax, place: int, colour: str, scores: list[np.ndarray]) -> None:
 
 
 def draw_bars(ax, results: Results, scores: dict[str, list[np.ndarray]]) -> None:
-    """The aggregate, one bar per method."""
+    """The aggregate, one bar per method; dots in all of them where one has few seeds."""
+    few = fewest(results) < FEW
     for place, method in enumerate(results.methods):
         if method in scores:
-            draw_bar(ax, place, COLOURS[place], scores[method])
+            draw_bar(ax, place, COLOURS[place], scores[method], few)
         else:
             ax.text(0, place, " no finished run", va="center", fontsize=8, color="grey")
     labels = [textwrap.fill(results.label(method), 18) for method in results.methods]

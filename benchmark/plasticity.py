@@ -548,15 +548,15 @@ def train(args: Args, folder: Path) -> None:
             if args.growth_while_priming:
                 passed = args.priming_updates
 
-        # evaluate
-        if step % args.eval_frequency == 0 or step == args.total_timesteps:
-            write_evaluation(args, learner, eval_env, folder, step)
-
         # episode end
         if terminated or truncated:
             learner.progress.returns.append(episodic_return)
             episodic_return = 0.0
             obs, _ = env.reset()
+
+        # evaluate
+        if step % args.eval_frequency == 0 or step == args.total_timesteps:
+            write_evaluation(args, learner, eval_env, folder, step)
 
     speed = args.normal_steps / (time.time() - started)
     append_row(folder / "probes.csv", probe(args, learner, eval_env, "end", step))
@@ -576,8 +576,8 @@ def is_finished(folder: Path) -> bool:
     file = folder / "probes.csv"
     if not file.exists():
         return False
-    last = file.read_text(errors="replace").splitlines()[-1]
-    return last.partition(",")[0] == "end"
+    lines = file.read_text(errors="replace").splitlines()
+    return bool(lines) and lines[-1].partition(",")[0] == "end"
 
 
 def as_stored(args: Args) -> dict:
@@ -906,7 +906,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except FileExistsError as e:  # --out is a file
+    except (FileExistsError, NotADirectoryError, PermissionError) as e:
         die(f"--out must be a folder that can be written: {e}")
     except BrokenPipeError:  # of `| head`; as if it had been killed by SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more

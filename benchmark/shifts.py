@@ -77,7 +77,9 @@ def make_runs(
     out: Path = Path("runs/shifts"),
     flags: str = "",
 ) -> None:
-    """Makes the runs that are missing, seed by seed, as run.py does; the same command continues.
+    """Makes the runs that are missing or failed, seed by seed, as run.py does.
+
+    The same command continues.
 
     Args:
         arms: which
@@ -101,10 +103,16 @@ def make_runs(
         for arm in arms:
             for task, folder in folders_of(out, arm, seed).items():
                 jobs.append(job_of(folder, arm, seed, task, stretch, more))
-    run.make(run.Args("shifts", cpus=workers), jobs)
+    run.make(run.Args("shifts", cpus=workers, retry_failed=True), jobs)
 
 
 # --- what came out ------------------------------------------------------------
+def seeds_of(out: Path, name: str) -> list[Path]:
+    """Folders of all seeds, without those that run.py set aside."""
+    own = [folder for folder in out.glob(f"{name}_seed*") if not folder.suffix]
+    return sorted(folder for folder in own if folder.is_dir())
+
+
 def late_return(rows: list[dict[str, str]]) -> float:
     """Mean return of the last two evaluations."""
     return float(np.mean([float(row["eval/return_mean"]) for row in rows[-2:]]))
@@ -115,7 +123,7 @@ def fresh_returns(out: Path, stretch: int) -> np.ndarray:
     means = []
     for task in TASKS:
         found = []
-        for folder in sorted(out.glob(f"{FRESH}_{short_name(task)}_seed*")):
+        for folder in seeds_of(out, f"{FRESH}_{short_name(task)}"):
             if is_at(folder, stretch):
                 rows = drawing.read_rows(folder / "results.csv", ["eval/return_mean"])
                 found.append(late_return(rows))
@@ -152,7 +160,7 @@ def returns_of_arms(out: Path) -> tuple[dict[str, np.ndarray], int]:
     """{arm: (seeds, tasks)}, of finished runs; steps of a stretch. Raises: SystemExit(2)."""
     folders = {}
     for arm in ARMS:
-        folders[arm] = [own for own in sorted(out.glob(f"{arm}_seed*")) if own.is_dir()]
+        folders[arm] = seeds_of(out, arm)
     steps = max((run.last_step(own) for arm in ARMS for own in folders[arm]), default=0)
     if steps == 0:
         drawing.die(f"there are no runs through all tasks in {out}")

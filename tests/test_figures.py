@@ -118,8 +118,23 @@ def test_the_caption_says_what_is_missing(partial):
     assert (
         "on A-v1 only" in text
         and "MISSING: NE-TD3: 2 of 3 seeds" in text
-        and "fewer than four seeds" in text
+        and "fewer than four values" in text
     )
+
+
+def test_where_one_method_has_few_seeds_all_bars_show_their_seeds(tmp_path):
+    for seed in range(1, 6):
+        write_run(tmp_path, "td3_dense", "A-v1", seed, [seed])
+    for seed in (1, 2):
+        write_run(tmp_path, "ne_td3", "A-v1", seed, [seed])
+    for methods, shown in ((("ne_td3", "td3_dense"), [2, 5]), (("td3_dense",), [2])):
+        results = read(tmp_path, methods, ("A-v1",), 5)
+        axes = figures.picture(results, "").axes
+        (bars,) = (ax for ax in axes if ax.get_xlabel().startswith("final return"))
+        lines = [line for line in bars.lines if line.get_linestyle() != ":"]
+        assert [len(line.get_xdata()) for line in lines] == shown
+        dots = {line.get_marker() == "o" for line in lines}
+        assert dots == {"dots: single seeds" in figures.caption(results, ["A-v1"])}
 
 
 def test_nothing_is_missing_where_all_is_there(tmp_path):

@@ -82,12 +82,15 @@ def test_without_priming_it_is_the_script(arm, script, monkeypatch, tmp_path):
     method = "" if arm == "ne" else f"--method {arm}"
     if arm == "reset":
         method += " --reset-interval 200"
-    flags = f"{SMALL} {RUN} {method} --total-timesteps 400 --run-dir {tmp_path / 'script'}"
+    script_run = tmp_path / "script"
+    flags = f"{SMALL} {RUN} {method} --total-timesteps 400 --run-dir {script_run}"
     monkeypatch.setattr(sys, "argv", [script.__file__, *flags.split()])
     script.main()
-    for key in ("eval/return_mean", "ne/critic/density", "ne/critic/fau", "ne/review_share"):
-        own = column(folder / "results.csv", key)
-        assert own == column(tmp_path / "script" / "results.csv", key)
+    keys = ["eval/return_mean", "ne/critic/density", "ne/critic/fau", "ne/review_share"]
+    keys += ["charts/episodic_return"]
+    own, theirs = (rows(run / "results.csv") for run in (folder, script_run))
+    for key in keys:
+        assert [row[key] for row in own] == [row[key] for row in theirs]
 
 
 def test_same_seed_same_run(monkeypatch, tmp_path):
@@ -121,13 +124,14 @@ def test_a_finished_run_stays_and_an_interrupted_one_starts_over(monkeypatch, tm
     with pytest.raises(SystemExit):
         prime(monkeypatch, tmp_path, "td3", "--priming-updates 40")
     assert "--priming-updates is 30 there, 40 is wanted" in capsys.readouterr().err
-    # as if it had been killed before the last probe
+    # as if it had been killed before the last probe, or the disk had been full at the first
     lines = (folder / "probes.csv").read_text().splitlines(keepends=True)
-    (folder / "probes.csv").write_text("".join(lines[:-1]))
-    prime(monkeypatch, tmp_path, "td3")
-    assert "was interrupted after step 400: it starts over" in capsys.readouterr().out
-    assert (folder / "results.csv").read_bytes() == whole
-    assert len(rows(folder / "probes.csv")) == 3
+    for left in (lines[:-1], []):
+        (folder / "probes.csv").write_text("".join(left))
+        prime(monkeypatch, tmp_path, "td3")
+        assert "was interrupted after step 400: it starts over" in capsys.readouterr().out
+        assert (folder / "results.csv").read_bytes() == whole
+        assert len(rows(folder / "probes.csv")) == 3
 
 
 @pytest.mark.parametrize("flag", ["--normal-steps 0", "--probe-fits 0", "--gamma 2"])
@@ -186,7 +190,9 @@ def test_run_refuses_what_is_not_the_same(monkeypatch, tmp_path, capsys):
         assert code == (0 if "made" in words else 2)
 
 
-@pytest.mark.parametrize("flags", ["--workers 0", "--seeds 0", "--out /dev/null"])
+@pytest.mark.parametrize(
+    "flags", ["--workers 0", "--seeds 0", "--out /dev/null", "--out /dev/null/runs"]
+)
 def test_run_refuses(flags, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, f"run --arms td3 {flags}")

@@ -70,16 +70,18 @@ RUN = ("run", "--arms", "td3", "--seeds", 1, "--workers", 1)
 TINY = "--flags=--actor-hidden 8 --critic-hidden 8 --batch-size 8 --no-cuda --max-episode-steps 20"
 
 
-def test_a_run_that_was_stopped_without_a_checkpoint_is_set_aside_and_made_anew(
+def test_a_run_that_failed_without_a_checkpoint_is_set_aside_and_made_anew(
     monkeypatch, tmp_path, capsys
 ):
     sequence(tmp_path / "td3_seed1", 1.0, last_task=1)
+    (tmp_path / "td3_seed1" / "failed.txt").write_text("exit code 1")
     flags = [*RUN, "--out", tmp_path, TINY, "--stretch"]
     command = [sys.executable, "benchmark/shifts.py", *map(str, flags), "20"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     assert "1 of 1 runs are finished" in made.stderr
-    assert [file.name for file in (tmp_path / "td3_seed1.stopped1").iterdir()] == ["results.csv"]
+    aside = {file.name for file in (tmp_path / "td3_seed1.stopped1").iterdir()}
+    assert aside == {"results.csv", "failed.txt"}
     rows = (tmp_path / "td3_seed1" / "results.csv").read_text()
     assert rows.splitlines()[-1].startswith("200,")
     # the same command has nothing to do, another stretch is another run
@@ -117,6 +119,9 @@ def test_table_and_picture(monkeypatch, tmp_path, capsys):
     cut_off(tmp_path / "ne_seed3", rows=10)  # within its last stretch
     task = shifts.short_name(shifts.TASKS[0])
     write_rows(tmp_path / f"fresh_{task}_seed2", [{"step": 10, "eval/return_mean": -9_000}])
+    sequence(tmp_path / "td3_seed1.stopped1", 5.0)  # set aside by run.py
+    rows = [{"step": step, "eval/return_mean": -9_000} for step in (10, 20, 30)]
+    write_rows(tmp_path / f"fresh_{task}_seed1.stopped1", rows)
     call(monkeypatch, "table", tmp_path, "--out", tmp_path / "shifts.png")
     out, err = capsys.readouterr()
     assert "left out: ne_seed3 is at step 290 of 300" in err

@@ -146,6 +146,7 @@ class Continual(NamedTuple):
     tasks: dict[str, Seed]  # {task evaluated: its rows}
     # first step, last step and task of each uninterrupted training
     stretches: list[tuple[float, float, str]]
+    rows: list[dict[str, str]]  # of results.csv
 
 
 def read_continual(file: Path, columns: list[str]) -> Continual:
@@ -170,7 +171,7 @@ def read_continual(file: Path, columns: list[str]) -> Continual:
     for (_, task), end in ends.items():
         stretches.append((start, end, task))
         start = end
-    return Continual(seeds, stretches)
+    return Continual(seeds, stretches, rows)
 
 
 def counts_frames(file: Path) -> bool:

@@ -55,6 +55,27 @@ def estimate(plus: list[np.ndarray], minus: list[np.ndarray] = ()) -> Estimate:
     return Estimate(value, value + low, value + high, float(2 * error.sf(abs(value))))
 
 
+def difference(plus: np.ndarray, minus: np.ndarray) -> Estimate:
+    """Of the means of (seeds,) and (seeds,)."""
+    return estimate([plus], [minus])
+
+
+def ratio_of_spreads(above: np.ndarray, below: np.ndarray) -> Estimate:
+    """Of the standard deviations of (seeds,) and (seeds,), with the interval and p of an F test.
+
+    It takes the values for normal. NaN where there is a single value, or where none varies.
+    """
+    from scipy import stats
+
+    if min(len(above), len(below)) < 2 or min(above.var(), below.var()) == 0:
+        return Estimate(math.nan)
+    ratio = above.var(ddof=1) / below.var(ddof=1)
+    chance = stats.f(len(above) - 1, len(below) - 1)  # of the ratio, were the variances equal
+    low, high = ratio / chance.ppf(0.975), ratio / chance.ppf(0.025)
+    p = 2 * min(chance.cdf(ratio), chance.sf(ratio))
+    return Estimate(*map(math.sqrt, (ratio, low, high)), float(p))
+
+
 def holm(p_values: list[float]) -> list[float]:
     """Corrected for how many are looked at (Holm 1979); NaN stays and does not count."""
     corrected = list(p_values)
@@ -73,14 +94,16 @@ def p_cell(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
-def versus(values: dict[str, np.ndarray], reference: str, spec: str) -> dict[str, list[str]]:
+def versus(
+    values: dict[str, np.ndarray], reference: str, spec: str, compare=difference
+) -> dict[str, list[str]]:
     """{name: cells of its difference from the reference and of Holm's p}, (seeds,) of each."""
-    differences = dict.fromkeys(values, Estimate(math.nan))
+    compared = dict.fromkeys(values, Estimate(math.nan))
     for name in values:
         if name != reference and reference in values:
-            differences[name] = estimate([values[name]], [values[reference]])
-    corrected = holm([own.p for own in differences.values()])
+            compared[name] = compare(values[name], values[reference])
+    corrected = holm([own.p for own in compared.values()])
     cells = {}
-    for (name, own), p in zip(differences.items(), corrected, strict=True):
+    for (name, own), p in zip(compared.items(), corrected, strict=True):
         cells[name] = [format(own, spec), p_cell(p)]
     return cells

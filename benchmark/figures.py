@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 import drawing
 import matrix
 from drawing import COLOURS, COLUMNS, Panel, Seed
-from estimates import versus
+from estimates import ratio_of_spreads, versus
 
 RETURN = "eval/return_mean"
 RESAMPLES = 2_000
@@ -214,12 +214,13 @@ def missing(results: Results) -> list[str]:
 def left_out(results: Results) -> list[str]:
     """What the figure has and was not asked for."""
     gaps = []
-    tasks = [task for task in results.figure.tasks if task not in results.tasks]
-    if tasks and not results.stretches:
-        gaps.append(f"left out: {', '.join(tasks)}")
+    absent = []
+    if not results.stretches:
+        absent += [task for task in results.figure.tasks if task not in results.tasks]
     methods = [method for method in results.figure.methods if method not in results.methods]
-    if methods:
-        gaps.append(f"left out: {', '.join(results.label(method) for method in methods)}")
+    absent += [results.label(method) for method in methods]
+    if absent:
+        gaps.append(f"left out: {', '.join(absent)}")
     if results.seeds < matrix.SEEDS:
         gaps.append(f"{results.wanted} instead of {matrix.SEEDS}")
     return gaps
@@ -323,6 +324,27 @@ def differences(results: Results) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def spreads(results: Results) -> str:
+    """Markdown: standard deviations of the final returns, and their ratios to the reference's.
+
+    p is of equal ones (F test), corrected for the number of methods (Holm).
+    """
+    reference = results.figure.reference
+    if reference not in results.methods:
+        return ""
+    head = ["standard deviation over seeds, 95% interval (F test)"]
+    cells = {method: [results.label(method)] for method in results.methods}
+    for task in results.tasks:
+        head += [task, f"divided by {results.label(reference)}'s", "p"]
+        values = {method: results.final(method, task, RETURN) for method in cells}
+        ratios = versus(values, reference, ".2f", ratio_of_spreads)
+        for method, own in values.items():
+            spread = f"{own.std(ddof=1):,.0f}" if len(own) > 1 else "–"
+            cells[method] += [spread, *ratios[method]]
+    lines = [head, ["---"] * len(head), *cells.values()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 # --- drawing ------------------------------------------------------------------
 def crowded(results: Results) -> bool:
     return len(results.methods) > drawing.CROWD
@@ -356,7 +378,7 @@ def draw_panel(ax, results: Results, task: str, columns: tuple[str, ...]) -> Non
 def draw_bar(ax, place: int, colour: str, scores: list[np.ndarray], few: bool) -> None:
     """A method's aggregate with its number, and its interval or, if seeds are few, each of them."""
     value = iqm(*scores, axis=0)
-    ax.barh(place, value, color=colour, alpha=0.6, height=0.6)
+    ax.barh(place, value, color=colour, alpha=0.4, height=0.6)
     style = {"color": "black", "linewidth": 1.2, "marker": "|", "markersize": 6}
     if few:
         shown = np.concatenate(scores)
@@ -364,10 +386,8 @@ def draw_bar(ax, place: int, colour: str, scores: list[np.ndarray], few: bool) -
     else:
         shown = interval(*scores)
     ax.plot(shown, [place] * len(shown), **style)
-    right = max(value, *shown, 0)
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    style = {"va": "center", "fontsize": 9, "bbox": box, "textcoords": "offset points"}
-    ax.annotate(f"{value:.2f}", (right, place), (6, 0), **style)
+    style = {"va": "center", "fontsize": 9, "textcoords": "offset points"}
+    ax.annotate(f"{value:.2f}", (0, place), (4, 0), **style)
 
 
 def draw_bars(ax, results: Results, scores: dict[str, list[np.ndarray]]) -> None:
@@ -381,7 +401,6 @@ def draw_bars(ax, results: Results, scores: dict[str, list[np.ndarray]]) -> None
     labels = [textwrap.fill(results.label(method), 18) for method in results.methods]
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)
-    ax.set_xlim(right=ax.get_xlim()[1] * 1.15)
     ax.axvline(1, color="grey", linewidth=0.8, linestyle=":")
     ax.set_xlabel(f"final return, {results.label(results.figure.reference)} = 1")
     ax.spines[["top", "right"]].set_visible(False)
@@ -486,7 +505,7 @@ def figure(
         found = found._replace(figure=found.figure._replace(reference=reference))
     text = caption(found, normalised(found)[1])
     save = functools.partial(drawing.save, picture(found, text))
-    page = f"{table(found)}\n{differences(found)}\n{text}\n"
+    page = "\n".join([table(found), differences(found), spreads(found), f"{text}\n"])
     files = {out: save, out.with_suffix(".svg"): save}
     files[out.with_suffix(".md")] = lambda file: file.write_text(page)
     drawing.write(files)

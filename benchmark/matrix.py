@@ -27,7 +27,7 @@ class Method(NamedTuple):
     label: str  # in figures and tables
     script: str
     flags: str = ""  # {words} are filled in from LENGTHS
-    # time per step on a CPU, in that of the script without a method (docs/baselines.md)
+    # time per step on a CPU, in that of the script without a method
     cost: float = 1.0
 
 
@@ -298,7 +298,7 @@ LENGTHS = {
             "interval_twice": 20_000,
         },
     ),
-    # the length of the runs in results/
+    # a fifth of the paper's length
     "short": Length(
         flags_of(_SHORT, _SHORT_CONTINUAL, _SHORT_DRQ),
         {

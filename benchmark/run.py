@@ -43,7 +43,7 @@ class Args:
     quick: bool = False
     """small version of the runs: about an hour on two cores"""
     short: bool = False
-    """200,000 steps, the length of the runs in results/, instead of a million"""
+    """200,000 steps instead of a million"""
     tasks: tuple[str, ...] = ()
     """these tasks instead of the figure's"""
     methods: tuple[str, ...] = ()

@@ -32,9 +32,9 @@ ARMS = {  # name in folders: script, its flags
     "layer_norm": (TD3, ["--method", "layer-norm"]),
 }
 FRESH = "fresh"  # a TD3 of its own on each task
-LABELS = {
-    "td3": "TD3",
+LABELS = {  # in the order of colours, which is that of the other figures
     "ne": "NE",
+    "td3": "TD3",
     "ne_no_review": "NE without review",
     "reset": "Reset",
     "layer_norm": "LayerNorm",
@@ -118,9 +118,9 @@ def late_return(rows: list[dict[str, str]]) -> float:
     return float(np.mean([float(row["eval/return_mean"]) for row in rows[-2:]]))
 
 
-def fresh_returns(out: Path, stretch: int) -> np.ndarray:
-    """(tasks,), mean over seeds. Raises: SystemExit(2) where a task has none of that length."""
-    means = []
+def fresh_returns(out: Path, stretch: int) -> list[np.ndarray]:
+    """(seeds,) of each task. Raises: SystemExit(2) where a task has none of that length."""
+    returns = []
     for task in TASKS:
         found = []
         for folder in seeds_of(out, f"{FRESH}_{short_name(task)}"):
@@ -130,8 +130,8 @@ def fresh_returns(out: Path, stretch: int) -> np.ndarray:
         if not found:
             wanted = f"there is no fresh run of {stretch:,} steps on {task} in {out}"
             drawing.die(f"{wanted}: make it with --arms {FRESH}")
-        means.append(np.mean(found))
-    return np.array(means)
+        returns.append(np.array(found))
+    return returns
 
 
 def returns_of(folder: Path) -> np.ndarray:
@@ -212,24 +212,30 @@ def returns_table(returns: dict[str, np.ndarray], fresh: np.ndarray) -> list[str
     return lines
 
 
-def picture(returns: dict[str, np.ndarray], fresh: np.ndarray):
-    """Bars: a fresh TD3; dots: an arm's seeds."""
+def picture(returns: dict[str, np.ndarray], fresh: list[np.ndarray]):
+    """Bars: the mean of fresh TD3s; circles: each of them; dots: an arm's seeds."""
     figure, part = drawing.canvas(7, 3.6, "")
     ax = part.subplots()
     shifts = np.arange(1, len(TASKS) + 1)
-    ax.bar(shifts, fresh, width=0.8, color="#DDDDDD", label="a fresh TD3, as many steps")
+    means = [own.mean() for own in fresh]
+    ax.bar(shifts, means, width=0.8, color="#DDDDDD", label="mean of fresh TD3s")
+    for shift, own in zip(shifts, fresh, strict=True):
+        label = "fresh TD3s, as many steps" if shift == 1 else None
+        style = {"markersize": 5, "markerfacecolor": "white", "markeredgecolor": "grey"}
+        ax.plot([shift - 0.3] * len(own), own, "o", label=label, **style)
     for place, (arm, own) in enumerate(returns.items()):
-        offset = 0.5 * ((place + 0.5) / len(returns) - 0.5)
+        offset = 0.5 * ((place + 0.5) / len(returns) - 0.5) + 0.1
         for seed, values in enumerate(own):
-            label = f"{LABELS[arm]}, each seed" if seed == 0 else None
-            colour = drawing.COLOURS[place]
+            label = f"{LABELS[arm]} through all tasks" if seed == 0 else None
+            colour = drawing.COLOURS[list(LABELS).index(arm)]
             ax.plot(shifts + offset, values, "o", color=colour, markersize=5, label=label)
     names = [short_name(task).removeprefix("Cheetah") for task in TASKS]
     ax.set_xticks(shifts, names, rotation=35, ha="right", rotation_mode="anchor")
     ax.set_xlabel("task, in this order")
     ax.set_ylabel("return at the end of its stretch")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 4}
+    ax.legend(frameon=False, fontsize=8, **above)
     return figure
 
 
@@ -242,11 +248,12 @@ def table(folder: tyro.conf.Positional[Path], /, out: Path = Path("shifts.png"))
     """
     drawing.check_picture(out)
     returns, stretch = returns_of_arms(folder)
-    fresh = fresh_returns(folder, stretch)
+    fresh_seeds = fresh_returns(folder, stretch)
+    fresh = np.array([own.mean() for own in fresh_seeds])
     tables = [table_of(returns, fresh), returns_table(returns, fresh)]
     page = "\n\n".join("\n".join(lines) for lines in tables) + "\n"
     print(page)
-    files = {out: lambda file: drawing.save(picture(returns, fresh), file)}
+    files = {out: lambda file: drawing.save(picture(returns, fresh_seeds), file)}
     files[out.with_suffix(".md")] = lambda file: file.write_text(page)
     drawing.write(files)
 

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -156,7 +157,7 @@ def test_what_was_not_asked_for_is_said_too(tmp_path):
     text = figures.caption(
         read(tmp_path, methods=("td3_dense",), tasks=("HalfCheetah-v5",), seeds=1), []
     )
-    assert "left out: Humanoid-v5, Ant-v5, Hopper-v5; left out: NE-TD3, Reset" in text
+    assert "left out: Humanoid-v5, Ant-v5, Hopper-v5, NE-TD3, Reset" in text
     assert text.endswith(" 1 seed instead of 7.")
 
 
@@ -221,6 +222,8 @@ def test_another_reference(tmp_path):
     page = (tmp_path / "f.md").read_text()
     assert "normalised by NE-TD3" in page
     assert "| TD3 | -100 [-123, -77] |" in page
+    assert "| NE-TD3 | 10 | – | – |" in page
+    assert "| TD3 | 10 | 1.00 [0.16, 6.24] | 1 |" in page  # of 2 and 2 degrees of freedom
 
 
 # --- files --------------------------------------------------------------------
@@ -350,7 +353,7 @@ def test_committed_tables_are_those_of_the_committed_runs(
 ):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(drawing, "save", lambda figure, file: file.touch())
-    argv = [f"{script}.py", *options.split(), "--out", str(tmp_path / "new.png")]
+    argv = [f"{script}.py", *shlex.split(options), "--out", str(tmp_path / "new.png")]
     monkeypatch.setattr(sys, "argv", argv)
     importlib.import_module(script).main()
     assert (tmp_path / "new.md").read_text() == (ROOT / f"{out}.md").read_text()

@@ -366,7 +366,8 @@ def test_continual_writes_png_and_svg(tmp_path):
         [sys.executable, SCRIPT, "continual", *map(str, args)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"wrote {out}", f"wrote {out.with_suffix('.svg')}"]
+    files = [out, out.with_suffix(".svg"), out.with_suffix(".md")]
+    assert done.stdout.splitlines() == [f"wrote {file}" for file in files]
     colours = {tuple(c) for c in (imread(out)[..., :3].reshape(-1, 3) * 255).round().astype(int)}
     for colour in drawing.COLOURS[:2]:
         assert tuple(bytes.fromhex(colour[1:])) in colours
@@ -377,10 +378,36 @@ def test_continual_writes_png_and_svg(tmp_path):
         ("Big-v1", 2),
         ("Small-v1", 2),
         ("environment steps", 1),
+        ("the task is trained", 1),
     ):
         assert svg.count(f"<!-- {text} -->") == times, (
             text
         )  # a task: above its stretch and at its panel
+
+
+def test_the_table_of_continual_has_the_metrics_of_runs_that_are_at_the_end(tmp_path):
+    for label, values in (("ne", (0.4, 0.5, 0.6)), ("td3", (0.3, 0.2, 0.1))):
+        for seed, value in enumerate(values):
+            write_continual(tmp_path / f"{label}_{seed}", value=value)
+    write_continual(tmp_path / "ne_late", (0, 100, 200, 300), value=9)
+    runs = [f"{label}={tmp_path}/{label.lower()}_*" for label in ("NE", "TD3")]
+    plot.continual(tuple(runs), out=tmp_path / "continual.png")
+    means, differences = (tmp_path / "continual.md").read_text().split("\n\n")
+    head, _, ne, td3 = means.splitlines()
+    assert head.split(" | ")[1:3] == ["return on Big-v1", "return on Small-v1"]
+    # the return on Big is 400 times the value at the end, 200 times at the end of its stretch;
+    # on Small it is minus that
+    assert ne == (
+        "| NE | 200 [101, 299] | -200 [-299, -101] | 0 | -100 [-150, -50] | -100 [-150, -50] | 3 |"
+    )
+    assert td3.endswith("| -40 [-90, 10] | 3 |")
+    cells = differences.splitlines()[2].split(" | ")
+    assert cells[0] == "| TD3" and cells[1] == "-120 [-211, -29]"
+    plot.continual((f"NE={tmp_path}/ne_late",), out=tmp_path / "one.png")
+    assert "| NE | 2,700 | -2,700 | 0 |" in (tmp_path / "one.md").read_text()
+    write_continual(tmp_path / "first", (0, 100, 200))
+    plot.continual((f"NE={tmp_path}/first",), out=tmp_path / "first.png")
+    assert not (tmp_path / "first.md").exists()
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,9 @@ def test_shares_are_of_the_sum_of_the_mean_fresh_returns(tmp_path):
     rows = [{"step": step, "eval/return_mean": 5_000} for step in (10, 20, 30)]
     write_rows(tmp_path / f"fresh_{shifts.short_name(task)}_seed2", rows)
     sequence(tmp_path / "ne_seed1", 0.9)
-    yardstick = shifts.fresh_returns(tmp_path, 30)
+    seeds = shifts.fresh_returns(tmp_path, 30)
+    assert [own.tolist() for own in seeds[1:4]] == [[1_000], [1_000, 5_000], [1_000]]
+    yardstick = np.array([own.mean() for own in seeds])
     returns, stretch = shifts.returns_of_arms(tmp_path)
     own = returns["ne"]
     assert stretch == 30

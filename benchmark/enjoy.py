@@ -102,6 +102,8 @@ def load_policy(path: Path) -> Policy:
         path = path / "checkpoint.pt"
     content = read(path)
     try:
+        if not isinstance(content, dict):  # a tensor warns before it fails
+            raise TypeError
         if content["script"] not in SCRIPTS:
             die(f"{path} is of {content['script']}, which is none of {', '.join(SCRIPTS)}")
         if "parts" not in content:
@@ -376,6 +378,8 @@ class Camera:
     def close(self) -> None:
         try:
             self.writer.close()  # a GIF is written here
+            if self.path.suffix == ".mp4":  # ffmpeg does not say that it could not finish
+                import_video().get_reader(self.path).close()
         except (OSError, RuntimeError) as e:
             self.cannot_write(e)
         print(f"{self.path}: {self.path.stat().st_size / 1e6:.1f} MB")

@@ -12,6 +12,20 @@ torch.set_num_threads(1)  # two threads per process wait for each other when cor
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
+@pytest.fixture
+def one_minute():
+    """What would wait for ever fails."""
+
+    def late(*_):
+        pytest.fail("it waits")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @pytest.fixture(autouse=True)
 def same_process_as_before():
     rendering = os.environ.get("MUJOCO_GL")

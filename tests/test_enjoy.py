@@ -3,8 +3,10 @@
 import ctypes.util
 import inspect
 import os
+import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import gymnasium as gym
 import imageio.v2 as imageio
@@ -353,6 +355,38 @@ def test_a_video_that_cannot_be_written(tmp_path, command, monkeypatch):
         path = tmp_path / name
         result = command(tmp_path, "--video", path, "--episodes", 1)
         refused(result, f"--video: cannot write {path}")
+
+
+@pytest.mark.parametrize("at", ["get_writer", "append_data", "close"])
+def test_a_writer_that_fails_at_any_moment(at, tmp_path, command, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
+    hook = sys.unraisablehook
+    monkeypatch.setattr(sys, "unraisablehook", hook)  # to be as before
+    save(tmp_path, "ne_drq_dmc", *new_agent("ne_drq_dmc"))
+    library = SimpleNamespace(append_data=lambda picture: None, close=lambda: None)
+    library.get_writer = lambda *_, **__: library
+    setattr(library, at, fail)
+    monkeypatch.setattr(enjoy, "import_video", lambda: library)
+    result = command(tmp_path, "--video", tmp_path / "a.gif", "--episodes", 1)
+    refused(result, "--video: cannot write", "a.gif: [Errno 28] No space left on device")
+    assert sys.unraisablehook is not hook  # the writer's second failure is not printed
+
+
+def test_a_disk_that_fills_up_before_the_end_of_a_video(tmp_path, command, monkeypatch):
+    """ffmpeg ends as if all were well."""
+    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be as before
+    save(tmp_path, "ne_drq_dmc", *new_agent("ne_drq_dmc"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))  # bytes of a file
+    try:
+        result = command(tmp_path, "--video", tmp_path / "a.mp4", "--episodes", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    refused(result, "--video: cannot write", "a.mp4")
 
 
 def test_says_which_library_is_missing(run, command, monkeypatch, tmp_path):

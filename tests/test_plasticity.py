@@ -176,6 +176,7 @@ def test_run_refuses_what_is_not_the_same(monkeypatch, tmp_path, capsys):
         (same, "made 0"),
         (f"{same} --gamma 0.5", "holds another run: --gamma is 0.95 there, 0.5 is wanted"),
         (f"{same} --nonsense", "nonsense"),
+        (f"{same} --probe-fits 0", "--probe-fits must be at least 1, got 0"),
         ("'", "--flags: No closing quotation"),
     ):
         run = ["plasticity.py", "run", "--arms", "td3", "--seeds", "1", "--out", str(tmp_path)]
@@ -193,11 +194,22 @@ def test_run_refuses_what_is_not_the_same(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags", ["--workers 0", "--seeds 0", "--out /dev/null", "--out /dev/null/runs"]
 )
-def test_run_refuses(flags, monkeypatch, capsys):
+def test_run_refuses(flags, monkeypatch, tmp_path, capsys, one_minute):
+    out = tmp_path / "runs"
     with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, f"run --arms td3 {flags}")
+        call(monkeypatch, f"run --arms td3 --out {out} {flags}")
     assert stop.value.code == 2
     assert flags.split()[0] in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_run_refuses_a_damaged_args_json(monkeypatch, tmp_path, capsys):
+    synthetic(tmp_path, "td3", 1, 100)
+    (tmp_path / "td3_seed1" / "args.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, f"run --arms td3 --seeds 1 --out {tmp_path}")
+    assert stop.value.code == 2
+    assert "args.json is damaged" in capsys.readouterr().err
 
 
 def test_stopping_run_stops_its_children(tmp_path):
@@ -390,6 +402,17 @@ def test_a_damaged_file_is_refused(name, cut, monkeypatch, tmp_path, capsys):
         call(monkeypatch, f"table {tmp_path} --out {tmp_path}/priming.png")
     assert stop.value.code == 2
     assert "is damaged: a row of it is not complete" in capsys.readouterr().err
+
+
+def test_a_run_without_one_of_the_probes_is_refused(monkeypatch, tmp_path, capsys):
+    synthetic(tmp_path, "td3", 1, 100)
+    file = tmp_path / "td3_seed1" / "probes.csv"
+    head, _, *others = file.read_text().splitlines()
+    file.write_text("\n".join([head, *others, ""]))
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, f"table {tmp_path} --out {tmp_path}/priming.png")
+    assert stop.value.code == 2
+    assert "before, after, end, got ['after', 'end']" in capsys.readouterr().err
 
 
 def test_table_of_what_priming_adds(monkeypatch, tmp_path, capsys):

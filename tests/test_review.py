@@ -39,15 +39,14 @@ def run(monkeypatch, folder, flags: str, module=ne) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Notes how batches are drawn, of a script's buffer: (oldest share, rows, generator)."""
+    """Notes how batches are drawn, of a script's buffer: (oldest share, batch, generator)."""
     notes = []
 
     def install(module=ne) -> list:
         sample = module.ReplayBuffer.sample
 
         def noted(buffer, batch, oldest=1.0, rng=None):
-            size = len(batch[0])
-            notes.append((oldest, size, rng))
+            notes.append((oldest, batch, rng))
             return sample(buffer, batch, oldest, rng)
 
         monkeypatch.setattr(module.ReplayBuffer, "sample", noted)
@@ -87,14 +86,14 @@ def test_redo_looks_at_a_uniform_batch_by_nes_generator(
     looked_at = []
 
     def noted(args, agent, batch):
-        oldest, _, rng = notes[-1]
-        looked_at.append((oldest, rng is agent.ne_rng))
+        oldest, drawn_last, rng = notes[-1]
+        looked_at.append((oldest, rng is agent.ne_rng, batch is drawn_last))
         redo(args, agent, batch)
 
     monkeypatch.setattr(script, "redo", noted)
     run(monkeypatch, tmp_path / "run", f"{flags} {ALL} --redo-interval 5", script)
     assert len(looked_at) > 5
-    assert set(looked_at) == {(1.0, True)}
+    assert set(looked_at) == {(1.0, True, True)}
 
 
 TINY = f"{TD3} --env-id fake_task:Plain-v0 --total-timesteps 200 --buffer-size 150 {ALL}"
@@ -130,7 +129,7 @@ def test_dormant_neurons_are_counted_on_1024_transitions_by_nes_generator(
     monkeypatch.setattr(ne.topology, "dormant_neurons", noted_dormant)
     run(monkeypatch, tmp_path / "run", TINY)
     [agent] = agents
-    own = [size for _, size, rng in notes if rng is agent.ne_rng]
+    own = [len(batch[0]) for _, batch, rng in notes if rng is agent.ne_rng]
     assert own.count(1_024) == len(counts) == 140 // 10
     assert [sizes for tau, sizes in looked_at if tau == 0.1] == [{1_024}] * len(counts)
     assert {neurons for _, neurons in counts} == {16}

@@ -92,11 +92,23 @@ def test_a_run_that_failed_without_a_checkpoint_is_set_aside_and_made_anew(
         assert (tmp_path / "td3_seed1" / "results.csv").read_text() == rows
 
 
+def test_seeds_are_made_one_after_the_other_by_so_many_workers(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(shifts.run, "make", lambda args, jobs: made.append((args, jobs)))
+    flags = ["--arms", "td3", "fresh", "--seeds", 2, "--workers", 3, "--out", tmp_path]
+    call(monkeypatch, "run", *flags)
+    ((args, jobs),) = made
+    names = [job.name for job in jobs]
+    assert args.cpus == 3
+    assert (names[0], names[11], len(set(names))) == ("td3_seed1", "td3_seed2", 22)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--flags='"], "--flags"),
         (["--flags=--nonsense"], "nonsense"),
+        (["--flags=--seed 7"], "say what run it is: --seed"),
         (["--workers", 0], "--workers must be at least 1, got 0"),
         (["--seeds", 0], "--seeds must be at least 1, got 0"),
         (["--stretch", 9], "--stretch must be at least 10, got 9"),
@@ -165,12 +177,28 @@ def test_refuses_a_folder_without_the_yardstick(monkeypatch, tmp_path, capsys):
     assert "there are no runs through all tasks" in capsys.readouterr().err
 
 
-def test_a_damaged_file_is_refused(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["ne_seed1", "fresh_CheetahHeavy_seed1"])
+def test_a_damaged_file_is_refused(name, monkeypatch, tmp_path, capsys):
+    fresh(tmp_path)
+    sequence(tmp_path / "ne_seed1", 1.0)
+    sequence(tmp_path / "ne_seed2", 1.0)
+    file = tmp_path / name / "results.csv"
+    head, first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([head, first.rpartition(",")[0], *others, ""]))
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "table", tmp_path, "--out", tmp_path / "shifts.png")
+    assert stop.value.code == 2
+    assert f"{file} is damaged: a row of it is not complete" in capsys.readouterr().err
+
+
+def test_a_run_with_one_evaluation_of_a_task_is_refused(monkeypatch, tmp_path, capsys):
     fresh(tmp_path)
     sequence(tmp_path / "ne_seed1", 1.0)
     file = tmp_path / "ne_seed1" / "results.csv"
-    file.write_bytes(file.read_bytes()[:-2])
-    sequence(tmp_path / "ne_seed2", 1.0)
+    head, *lines = file.read_text().splitlines()
+    ends = [line for line in lines if int(line.partition(",")[0]) % 30 == 0]
+    file.write_text("\n".join([head, *ends, ""]))
     with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, "table", tmp_path)
+        call(monkeypatch, "table", tmp_path, "--out", tmp_path / "shifts.png")
     assert stop.value.code == 2
+    assert "ne_seed1 has fewer than two evaluations on" in capsys.readouterr().err

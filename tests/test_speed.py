@@ -120,7 +120,8 @@ def test_ours_take_part_compiled_if_asked_for(compiled):
         ),
     ],
 )
-def test_what_cannot_be_compared_is_refused(capsys, arguments, words):
+def test_what_cannot_be_compared_is_refused(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(speed, "Contender", None)  # none starts
     with pytest.raises(SystemExit) as stop:
         speed.compare(**arguments)
     assert stop.value.code == 2 and words in capsys.readouterr().err
@@ -134,12 +135,15 @@ def test_the_buffer_is_neither_copied_by_updates_nor_by_a_checkpoint(tmp_path):
     assert float(row["ratio"]) < 1.2
 
 
-def test_a_process_that_dies_is_not_waited_for(monkeypatch, capsys):
+def test_a_process_that_dies_is_not_waited_for(monkeypatch, capsys, one_minute):
     monkeypatch.setattr(speed, "peak_after", os._exit)  # as if it had run out of memory
-    for transitions, words in ((255, "--transitions must be at least 256"), (300, "died")):
+    for transitions, code, words in (
+        (255, 2, "--transitions must be at least 256"),
+        (300, 1, "the process with 256 transitions died, exit code 1"),
+    ):
         with pytest.raises(SystemExit) as stop:
             speed.memory(transitions)
-        assert stop.value.code in (1, 2) and words in capsys.readouterr().err
+        assert stop.value.code == code and words in capsys.readouterr().err
 
 
 def test_a_round_is_timed_with_and_without_growth(tmp_path, monkeypatch):
@@ -168,7 +172,7 @@ class Fake(speed.Contender):
     def __init__(self, name: str, seconds: list[float]):
         self.name = name
         self.chunk = 100
-        self.turns = [{"seconds": s, "rss_mib": 1} for s in seconds]
+        self.turns = [{"seconds": s, "cpu_seconds": s, "rss_mib": 1} for s in seconds]
 
 
 def test_ratios_are_those_of_neighbouring_turns(capsys):
@@ -178,6 +182,19 @@ def test_ratios_are_those_of_neighbouring_turns(capsys):
     assert "against TD3" in head
     assert first.split()[1:4] == ["50.0", "1.00", "(1.00-1.00)"]
     assert second.split()[1:4] == ["25.0", "0.50", "(0.28-0.50)"]
+
+
+def test_turns_are_written_before_the_ceilings_are_measured(monkeypatch, tmp_path):
+    """An hour of turns is not lost to what may fail after it."""
+    monkeypatch.setattr(speed, "all_commands", lambda *_: {"NE-TD3": []})
+    monkeypatch.setattr(speed, "Contender", lambda name, *_: Fake(name, [1.0, 2.0]))
+    monkeypatch.setattr(speed, "warm_up", lambda contenders: None)
+    monkeypatch.setattr(speed, "take_turns", lambda contenders, turns: None)
+    monkeypatch.setattr(speed, "ceilings", lambda setting: speed.die("no memory", 1))
+    with pytest.raises(SystemExit):
+        speed.compare(SMALL, out=tmp_path)
+    rows = list(csv.DictReader((tmp_path / "speed_compare.csv").open()))
+    assert [row["steps_per_second"] for row in rows] == ["100.00", "50.00"]
 
 
 def test_the_agent_without_an_environment_has_a_full_buffer():

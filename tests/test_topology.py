@@ -168,6 +168,11 @@ def test_nothing_is_solved_where_nothing_grows(what):
     assert scaled(initial_density=0.97, **what).grow_rate == 0  # final_density is 0.95
 
 
+@pytest.mark.parametrize("dense", ["ne_actor", "ne_critic"])
+def test_one_network_that_grows_has_the_rate_of_both(dense):
+    assert scaled(**{dense: False}).grow_rate == scaled().grow_rate > 0
+
+
 def test_the_growth_fraction_is_the_cosine_of_the_paper():
     args = scaled(grow_rate=0.05)
     for step in (1, 300_000, 999_999):

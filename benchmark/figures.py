@@ -450,7 +450,7 @@ def picture(results: Results, text: str) -> Figure:
     widths = [4.2 if columns > 1 else 6.3] * columns  # inches
     if scores:
         widths.append(4.2)
-    figure, part = drawing.canvas(sum(widths), 2.1 * len(grid) + 1.3, text)
+    figure, part = drawing.canvas(sum(widths), max(2.1 * len(grid), 3) + 1.3, text)
     places = part.add_gridspec(len(grid), len(widths), width_ratios=widths)
     draw_grid(part, places, results, grid)
     if scores:

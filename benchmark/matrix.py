@@ -235,6 +235,13 @@ FIGURES = {
         reference="td3_dense",
     ),
     # --- ours ---
+    "returns": Figure(
+        "Does NE pay?",
+        ("ne_td3", "td3_dense", "ne_td3_no_review"),
+        TWO,
+        reference="td3_dense",
+        panels=(("evaluation return", ("eval/return_mean",)),),
+    ),
     "replay": Figure(
         "Reviews of old experience against a preference for recent experience",
         ("ne_td3", "td3_dense", "ne_td3_no_review", "td3_recency"),

@@ -61,9 +61,10 @@ def difference(plus: np.ndarray, minus: np.ndarray) -> Estimate:
 
 
 def ratio_of_spreads(above: np.ndarray, below: np.ndarray) -> Estimate:
-    """Of the standard deviations of (seeds,) and (seeds,), with the interval and p of an F test.
+    """Of the standard deviations of (seeds,) and (seeds,). NaN for single or equal values.
 
-    It takes the values for normal. NaN where there is a single value, or where none varies.
+    The interval is that of an F test, which takes the values for normal. p is of Levene's test
+    about the medians, which does not (Brown and Forsythe 1974); it needs four values of each.
     """
     from scipy import stats
 
@@ -72,8 +73,10 @@ def ratio_of_spreads(above: np.ndarray, below: np.ndarray) -> Estimate:
     ratio = above.var(ddof=1) / below.var(ddof=1)
     chance = stats.f(len(above) - 1, len(below) - 1)  # of the ratio, were the variances equal
     low, high = ratio / chance.ppf(0.975), ratio / chance.ppf(0.025)
-    p = 2 * min(chance.cdf(ratio), chance.sf(ratio))
-    return Estimate(*map(math.sqrt, (ratio, low, high)), float(p))
+    p = math.nan
+    if min(len(above), len(below)) >= 4:
+        p = float(stats.levene(above, below, center="median").pvalue)
+    return Estimate(*map(math.sqrt, (ratio, low, high)), p)
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -327,12 +327,12 @@ def differences(results: Results) -> str:
 def spreads(results: Results) -> str:
     """Markdown: standard deviations of the final returns, and their ratios to the reference's.
 
-    p is of equal ones (F test), corrected for the number of methods (Holm).
+    The interval is of an F test, p of Levene's, corrected for the number of methods (Holm).
     """
     reference = results.figure.reference
     if reference not in results.methods:
         return ""
-    head = ["standard deviation over seeds, 95% interval (F test)"]
+    head = ["standard deviation over seeds, 95% interval (F test), p (Levene)"]
     cells = {method: [results.label(method)] for method in results.methods}
     for task in results.tasks:
         head += [task, f"divided by {results.label(reference)}'s", "p"]

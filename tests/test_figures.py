@@ -223,7 +223,7 @@ def test_another_reference(tmp_path):
     assert "normalised by NE-TD3" in page
     assert "| TD3 | -100 [-123, -77] |" in page
     assert "| NE-TD3 | 10 | – | – |" in page
-    assert "| TD3 | 10 | 1.00 [0.16, 6.24] | 1 |" in page  # of 2 and 2 degrees of freedom
+    assert "| TD3 | 10 | 1.00 [0.16, 6.24] | – |" in page  # of 2 and 2 degrees of freedom
 
 
 # --- files --------------------------------------------------------------------

@@ -7,7 +7,7 @@ import io
 import json
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -334,6 +334,12 @@ def canvas(width: float, height: float, text: str) -> tuple:
 
 
 # --- files --------------------------------------------------------------------
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A table."""
+    rule = ["---" for _ in head]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *rows))
+
+
 def check_picture(out: Path, ending: str = ".png", flag: str = "--out") -> None:
     """Raises: SystemExit(2) for another format."""
     if out.suffix != ending:

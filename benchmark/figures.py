@@ -287,7 +287,7 @@ def table(results: Results) -> str:
     scores, _ = normalised(results)
     head = ["", *results.tasks, f"normalised by {results.label(results.figure.reference)}"]
     head += ["active ratio τ = 0.1, critics / actor", "density, critics / actor", "seeds"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for method in results.methods:
         line = [results.label(method)]
         for task in results.tasks:
@@ -300,7 +300,7 @@ def table(results: Results) -> str:
             seeds = seeds[:1]
         line.append(", ".join(seeds))
         lines.append(line)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return drawing.markdown(head, lines)
 
 
 def differences(results: Results) -> str:
@@ -320,8 +320,7 @@ def differences(results: Results) -> str:
             for method, own in versus(values, reference, spec).items():
                 cells[method] += own
     del cells[reference]
-    lines = [head, ["---"] * len(head), *cells.values()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return drawing.markdown(head, cells.values())
 
 
 def spreads(results: Results) -> str:
@@ -341,8 +340,7 @@ def spreads(results: Results) -> str:
         for method, own in values.items():
             spread = f"{own.std(ddof=1):,.0f}" if len(own) > 1 else "–"
             cells[method] += [spread, *ratios[method]]
-    lines = [head, ["---"] * len(head), *cells.values()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return drawing.markdown(head, cells.values())
 
 
 # --- drawing ------------------------------------------------------------------

@@ -158,8 +158,8 @@ def metrics_page(values: dict[str, dict]) -> str:
     """Markdown: means over seeds, and differences from the first label (Welch, Holm)."""
     labels = list(dict.fromkeys(label for own in values.values() for label in own))
     first = labels[0]
-    head = ["mean, 95% interval", *values, "seeds"]
-    means = [head, ["---"] * len(head)]
+    means_head = ["mean, 95% interval", *values, "seeds"]
+    means = []
     for label in labels:
         seeds = [own[label] for own in values.values()]
         cells = [f"{estimate([own]):z,.0f}" for own in seeds]
@@ -171,11 +171,10 @@ def metrics_page(values: dict[str, dict]) -> str:
         compared = versus(own, first, "z,.0f")
         for label, row in rows.items():
             row += compared[label]
-    tables = [means]
+    tables = [drawing.markdown(means_head, means)]
     if rows:
-        tables.append([head, ["---"] * len(head), *rows.values()])
-    pages = ["".join(f"| {' | '.join(line)} |\n" for line in lines) for lines in tables]
-    return "\n".join(pages)
+        tables.append(drawing.markdown(head, rows.values()))
+    return "\n".join(tables)
 
 
 def continual(

@@ -72,11 +72,12 @@ def ratio_of_spreads(above: np.ndarray, below: np.ndarray) -> Estimate:
         return Estimate(math.nan)
     ratio = above.var(ddof=1) / below.var(ddof=1)
     chance = stats.f(len(above) - 1, len(below) - 1)  # of the ratio, were the variances equal
-    low, high = ratio / chance.ppf(0.975), ratio / chance.ppf(0.025)
+    low = ratio / chance.ppf(0.975)
+    high = ratio / chance.ppf(0.025)
     p = math.nan
     if min(len(above), len(below)) >= 4:
         p = float(stats.levene(above, below, center="median").pvalue)
-    return Estimate(*map(math.sqrt, (ratio, low, high)), p)
+    return Estimate(math.sqrt(ratio), math.sqrt(low), math.sqrt(high), p)
 
 
 def holm(p_values: list[float]) -> list[float]:

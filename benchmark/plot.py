@@ -156,7 +156,7 @@ def metrics_of(labels: dict[str, list[drawing.Continual]], last: float) -> dict[
 
 def metrics_page(values: dict[str, dict]) -> str:
     """Markdown: means over seeds, and differences from the first label (Welch, Holm)."""
-    labels = list(dict.fromkeys(label for own in values.values() for label in own))
+    labels = list(values["average performance"])  # every metric has all of them
     first = labels[0]
     means_head = ["mean, 95% interval", *values, "seeds"]
     means = []

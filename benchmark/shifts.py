@@ -222,7 +222,7 @@ def picture(returns: dict[str, np.ndarray], fresh: list[np.ndarray]):
     for shift, own in zip(shifts, fresh, strict=True):
         label = "fresh TD3s, as many steps" if shift == 1 else None
         style = {"markersize": 5, "markerfacecolor": "white", "markeredgecolor": "grey"}
-        ax.plot([shift - 0.3] * len(own), own, "o", label=label, **style)
+        ax.plot(np.full(len(own), shift - 0.3), own, "o", label=label, **style)
     for place, (arm, own) in enumerate(returns.items()):
         offset = 0.5 * ((place + 0.5) / len(returns) - 0.5) + 0.1
         for seed, values in enumerate(own):

@@ -631,6 +631,14 @@ def test_compile_without_a_compiler(tmp_path):
     assert run_here(f"{RUN} --run-dir {tmp_path / 'run'}") == 0  # the folder can be used
 
 
+def test_compile_with_an_older_torch(monkeypatch, capsys):
+    monkeypatch.delattr(torch.compiler, "skip_all_guards_unsafe")
+    with pytest.raises(SystemExit) as stop:
+        ne.compiled(torch.nn.Identity().forward, torch.ones(1))
+    assert stop.value.code == 1
+    assert_one_line(capsys.readouterr().err, "--compile needs torch 2.13", "skip_all_guards_unsafe")
+
+
 # --- wandb --------------------------------------------------------------------
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)

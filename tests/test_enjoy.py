@@ -276,6 +276,7 @@ def refused(result: tuple, *words: str, code: int = 2) -> None:
     assert_one_line(err, *words)
 
 
+@pytest.mark.filterwarnings("error")  # a warning is a second line
 def test_refuses_what_is_no_policy(run, tmp_path, command):
     refused(command(tmp_path), "there is no", "checkpoint.pt")
     refused(command(tmp_path / "missing.pt"), "there is no", "missing.pt")

@@ -20,12 +20,8 @@ except ImportError:  # torch's CPU build has none
 def erdos_renyi_densities(shapes: list[tuple[int, int]], density: float) -> list[float]:
     """Densities of the layers of a network (Mocanu et al. 2018, Evci et al. 2020).
 
-    A layer has eps * (out + in) connections, all have density * sum(out * in), hence
-
-        eps = (density * sum(out * in) - connections of dense layers) / sum(out + in)
-
-    with the last sum over the layers that are not dense. A layer that eps would make
-    denser than 1 is made dense, and eps is solved again for the rest.
+    A layer has eps * (out + in) connections, all have density * sum(out * in). A layer that
+    eps would make denser than 1 is made dense, and eps is solved again for the rest.
 
     Args:
         shapes: (out, in) of each layer.
@@ -33,28 +29,16 @@ def erdos_renyi_densities(shapes: list[tuple[int, int]], density: float) -> list
     """
     sizes = [n_out * n_in for n_out, n_in in shapes]
     densities = [1.0] * len(shapes)
-    if density == 1:
-        return densities
-    dense = set()
-    while len(dense) < len(shapes):
+    sparse = list(range(len(shapes)))
+    while density < 1 and sparse:
         connections = density * sum(sizes)
-        ends = 0
-        for n, shape in enumerate(shapes):
-            if n in dense:
-                connections -= sizes[n]
-            else:
-                ends += sum(shape)
-        eps = connections / ends
-        too_dense = set()
-        for n, shape in enumerate(shapes):
-            if n not in dense:
-                densities[n] = eps * sum(shape) / sizes[n]
-                if densities[n] > 1:
-                    densities[n] = 1.0
-                    too_dense.add(n)
-        if not too_dense:
+        connections -= sum(sizes[n] for n in range(len(shapes)) if n not in sparse)
+        eps = connections / sum(sum(shapes[n]) for n in sparse)
+        for n in sparse:
+            densities[n] = min(1.0, eps * sum(shapes[n]) / sizes[n])
+        if all(densities[n] < 1 for n in sparse):
             break
-        dense |= too_dense
+        sparse = [n for n in sparse if densities[n] < 1]
     return densities
 
 
@@ -91,8 +75,12 @@ def copy_masks(layers, target_layers) -> None:
 
 def network_density(layers) -> float:
     """Share of active connections over all layers, in [0, 1]."""
-    active = sum(int(layer.mask.sum()) for layer in layers)
+    active = sum(count_active(layer.mask) for layer in layers)
     return active / sum(layer.mask.numel() for layer in layers)
+
+
+def count_active(mask: torch.Tensor) -> int:
+    return int(mask.count_nonzero())  # a sum in half precision would overflow
 
 
 # --- Adam and its state -------------------------------------------------------
@@ -100,6 +88,8 @@ class Adam(torch.optim.Adam):
     """Adam with its state made at once, so that a round can change it before a step.
 
     `apply` is `step` without its bookkeeping, a tenth of an update of small networks on a CPU.
+    It takes the rate from `param_groups`. A CUDA graph keeps the number that it was captured
+    with: to anneal it there, make that entry a tensor.
     """
 
     def __init__(self, params: list[torch.Tensor], learning_rate: float):
@@ -132,19 +122,26 @@ class Adam(torch.optim.Adam):
     @torch.no_grad()
     def apply(self, gradients) -> None:
         """One step with gradients of the parameters, in their order."""
+        in_order = []
+        for p, gradient in zip(self.params, gradients, strict=True):
+            if gradient.stride() != p.stride():  # which the kernel does not look at
+                gradient = torch.empty_like(p).copy_(gradient)
+            in_order.append(gradient)
+        group = self.param_groups[0]
+        beta1, beta2 = group["betas"]
         self.counter.add_(1)
         torch._fused_adam_(
             self.params,
-            gradients,
+            in_order,
             self.exp_avgs,
             self.exp_avg_sqs,
             max_exp_avg_sqs=[],
             state_steps=self.steps,
-            lr=self.defaults["lr"],
-            beta1=0.9,
-            beta2=0.999,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
             weight_decay=0.0,
-            eps=1e-8,
+            eps=group["eps"],
             amsgrad=False,
             maximize=False,
         )
@@ -152,8 +149,8 @@ class Adam(torch.optim.Adam):
 
 def mean_square(optimizer, parameter: torch.Tensor, active: int) -> float:
     """Mean of Adam's exp_avg_sq over the active entries of a parameter; others are 0."""
-    squares = optimizer.state[parameter]["exp_avg_sq"]
-    return float(squares.sum()) / max(1, active)
+    total = optimizer.state[parameter]["exp_avg_sq"].float().sum()
+    return float(total) / max(1, active)
 
 
 def set_moments(optimizer, parameter: torch.Tensor, where, square) -> None:
@@ -170,11 +167,8 @@ def set_moments(optimizer, parameter: torch.Tensor, where, square) -> None:
 # --- growth (§4.2, elastic neuron generation) ---------------------------------
 def planned_births(layers, fraction: float) -> int:
     """ceil(fraction * inactive connections), as if all were candidates, over all layers."""
-    planned = 0
-    for layer in layers:
-        inactive = layer.mask.numel() - int(layer.mask.sum())
-        planned += math.ceil(fraction * inactive)
-    return planned
+    inactive = [layer.mask.numel() - count_active(layer.mask) for layer in layers]
+    return sum(math.ceil(fraction * count) for count in inactive)
 
 
 def random_scores(layers, rng: torch.Generator) -> list[torch.Tensor]:
@@ -200,7 +194,7 @@ def grow(layers, scores, fraction: float, optimizer: torch.optim.Adam) -> int:
     """
     grown = 0
     for layer, score in zip(layers, scores, strict=True):
-        square = mean_square(optimizer, layer.weight, int(layer.mask.sum()))
+        square = mean_square(optimizer, layer.weight, count_active(layer.mask))
         candidates = (layer.mask == 0) & (score != 0)
         count = math.ceil(fraction * int(candidates.sum()))
         ranked = score.abs().masked_fill(~candidates, -1.0).flatten()
@@ -214,11 +208,11 @@ def grow(layers, scores, fraction: float, optimizer: torch.optim.Adam) -> int:
 
 # --- dormancy (Eq. 1) ---------------------------------------------------------
 def dormancy_scores(hidden: torch.Tensor) -> torch.Tensor:
-    """Eq. 1: a neuron's mean |activation| over the mean of its layer. (B, n) -> (n,).
+    """Eq. 1: a neuron's mean |activation| over the mean of its layer. (..., n) -> (n,).
 
     In a silent layer all scores are 0.
     """
-    mean = hidden.abs().mean(dim=0)  # (n,)
+    mean = hidden.flatten(end_dim=-2).abs().mean(dim=0)  # (n,)
     tiny = torch.finfo(mean.dtype).tiny
     return mean / mean.mean().clamp_min(tiny)
 
@@ -228,33 +222,33 @@ def dormant_neurons(hidden: list[torch.Tensor], tau: float) -> list[tuple[int, i
     found = []
     for depth, h in enumerate(hidden):
         dormant = dormancy_scores(h) <= tau  # (n,)
-        for neuron in dormant.nonzero().flatten().tolist():
-            found.append((depth, neuron))
+        found += [(depth, neuron) for neuron in dormant.nonzero().flatten().tolist()]
     return found
 
 
 # --- dormant neuron pruning and reset (§4.2, Eq. 2) ---------------------------
 @torch.no_grad()
-def prune(layers, hidden, budget: int, clip: float, optimizer, rng: torch.Generator) -> int:
+def prune(layers, hidden, budget: int, clip: float, optimizer, rng, norms=()) -> int:
     """Prunes and resets dormant neurons (score 0) in random order while they fit.
 
     A pruned neuron loses all outgoing connections. Its incoming ones are drawn anew as at
     birth: fan-in at the layer's initial density but never more than it had, never from a
     dormant neuron, weights and bias from the initialiser. So it is alive again but silent,
-    and the network's output on the batch does not change.
+    and the network's output on the batch does not change (but for LayerNorm's statistics).
 
     Args:
         layers: all layers of the network, from input to output.
         hidden: activations [(B, n), ...] of the hidden layers, one fewer than `layers`.
         budget: connections that may go; a neuron that costs more than is left is skipped.
         clip: kappa; bounds the incoming weights of a reset neuron from now on (§B.2).
+        norms: of each hidden layer, between it and its ReLU; nn.Identity where there is none.
 
     Returns:
         How many connections went, at most `budget`.
     """
     neurons = dormant_neurons(hidden, tau=0.0)
     # before anything goes, so that the order does not matter
-    had = [layer.mask.sum(dim=1).tolist() for layer in layers]
+    had = [layer.mask.count_nonzero(dim=1).tolist() for layer in layers]
     awake = [torch.ones(layer.in_features, dtype=torch.bool) for layer in layers]
     for depth, neuron in neurons:
         awake[depth + 1][neuron] = False
@@ -267,15 +261,15 @@ def prune(layers, hidden, budget: int, clip: float, optimizer, rng: torch.Genera
         # what it costs
         inputs = awake[depth].nonzero().flatten()
         at_birth = max(1, round(incoming.initial_density * incoming.in_features))
-        fan_in = min(int(had[depth][neuron]), at_birth, len(inputs))
-        leaves = int(incoming.mask[neuron].sum()) + int(outgoing.mask[:, neuron].sum())
-        cost = leaves - fan_in
+        fan_in = min(had[depth][neuron], at_birth, len(inputs))
+        leaves = count_active(outgoing.mask[:, neuron])
+        cost = count_active(incoming.mask[neuron]) - fan_in + leaves
         if gone + cost > budget:
             continue
         gone += cost
 
         # incoming: drawn anew
-        weight_square = mean_square(optimizer, incoming.weight, int(incoming.mask.sum()))
+        weight_square = mean_square(optimizer, incoming.weight, count_active(incoming.mask))
         bias_square = mean_square(optimizer, incoming.bias, incoming.out_features)
         order = torch.randperm(len(inputs), generator=rng)
         drawn = inputs[order[:fan_in]].to(incoming.mask.device)
@@ -287,7 +281,7 @@ def prune(layers, hidden, budget: int, clip: float, optimizer, rng: torch.Genera
         set_moments(optimizer, incoming.bias, neuron, bias_square)
         if clip > 0:
             incoming.bound[neuron] = clip / math.sqrt(incoming.in_features)
-            incoming.clipped = True
+        restart_norm(norms, depth, neuron, optimizer)
 
         # outgoing: removed
         outgoing.mask[:, neuron] = 0.0
@@ -310,17 +304,28 @@ def silence(layer, neuron: int, optimizer: torch.optim.Adam) -> None:
     set_moments(optimizer, layer.weight, (slice(None), neuron), 0.0)
 
 
+@torch.no_grad()
+def restart_norm(norms, depth: int, neuron: int, optimizer, square=None) -> None:
+    """Gain and bias start anew: a neuron that its LayerNorm silences would stay dead."""
+    if norms and isinstance(norms[depth], torch.nn.LayerNorm):
+        for p, start in ((norms[depth].weight, 1.0), (norms[depth].bias, 0.0)):
+            mean = mean_square(optimizer, p, p.numel())
+            p[neuron] = start
+            set_moments(optimizer, p, neuron, mean if square is None else square)
+
+
 # --- combinations with rivals (§C), inside the masks --------------------------
-def redo(layers, hidden, tau: float, optimizer, rng: torch.Generator) -> int:
+def redo(layers, hidden, tau: float, optimizer, rng, norms=()) -> int:
     """ReDo (Sokar et al. 2023): neurons with score <= tau start anew. Returns how many.
 
-    Their moments start at 0, as in ReDo's paper.
+    Their moments start at 0, as in ReDo's paper. `norms`: see `prune`.
     """
     neurons = dormant_neurons(hidden, tau)
     for depth, neuron in neurons:
         redraw(layers[depth], neuron, rng)
         set_moments(optimizer, layers[depth].weight, neuron, 0.0)
         set_moments(optimizer, layers[depth].bias, neuron, 0.0)
+        restart_norm(norms, depth, neuron, optimizer, square=0.0)
     for depth, neuron in neurons:  # afterwards, so that 0 wins where the two overlap
         silence(layers[depth + 1], neuron, optimizer)
     return len(neurons)

@@ -9,13 +9,11 @@ With --method none it is DrQ-v2, and ne_drq_dmc.py without NE (--initial-density
 layers of its own. What is not the agent's or a method's is imported from that script.
 """
 
-import contextlib
 import copy
 import itertools
-import math
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -23,33 +21,39 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python baselines/NAME.py
 
+import ne_drq_dmc
 import utils_topology as topology
 from ne_drq_dmc import (
     TRUNK,
     Batch,
     DrQArgs,
     Encoder,
-    EnvironmentFault,
+    Log,
     PixelEnv,
     Policy,
+    Progress,
     ReplayBuffer,
-    Run,
     RunArgs,
+    Stop,
     as_script,
-    check_sizes,
+    check_steps,
     die,
-    evaluate_postponed,
+    evaluate,
     fast_update,
+    measure,
+    open_folder,
     orthogonal,
     parse_args,
-    policy_weights,
-    require_whole_steps,
+    require_finite,
     restore,
+    save,
     scale_to_task,
-    set_up_torch,
+    set_up,
+    write_row,
 )
 
 
@@ -58,35 +62,17 @@ class MethodArgs:
     """A rival of NE, on the MLP heads, and its flags."""
 
     method: Literal["none", "reset", "redo", "layer-norm", "injection"] = "none"
-    """what acts on DrQ-v2; none: DrQ-v2"""
-    reset_interval: int = 200_000
-    """reset: frames between two (Nikishin et al. 2022)"""
-    redo_interval: int = 1_000
-    """redo: updates between two (Sokar et al. 2023)"""
-    redo_tau: float = 0.1
-    """redo: a neuron is dormant at a score (Eq. 1) of at most this"""
-    injection_step: int | None = None
-    """injection: frame of it (Nikishin et al. 2024); default: half the run"""
+    reset_interval: int = 200_000  # reset: steps between two (Nikishin et al. 2022)
+    redo_interval: int = 1_000  # redo: updates between two (Sokar et al. 2023)
+    redo_tau: float = 0.1  # redo: dormant is a score (Eq. 1) up to this
+    injection_step: int | None = None  # (Nikishin et al. 2024); default: half the run
 
 
 @dataclass
 class Args(MethodArgs, DrQArgs, RunArgs):
-    """All flags."""
+    """DrQ-v2 and rivals of Neuroplastic Expansion (arXiv 2410.07994) on it."""
 
-    exp_name: str = "drq_dmc"
-
-
-@dataclass
-class Progress:
-    """What a run has done so far."""
-
-    updates: int = 0
-    # returns of the episodes since the last evaluation
-    returns: list[float] = field(default_factory=list)
-    # of the last batch
-    losses: dict[str, torch.Tensor] = field(default_factory=dict)
-    # evaluations that are due, if the run is stopping: (row, weights of the policy)
-    postponed: list[tuple[dict, dict]] = field(default_factory=list)
+    exp_name: str = "drq_dmc"  # part of the run's name
 
 
 # --- networks -----------------------------------------------------------------
@@ -103,10 +89,9 @@ class Head(nn.Module):
         for n_in, n_out in itertools.pairwise(sizes):
             self.layers.append(nn.Linear(n_in, n_out))
         norm = nn.LayerNorm if layer_norm else nn.Identity
-        self.norms = nn.ModuleList()
-        for n in sizes[1:-1]:
-            self.norms.append(norm(n))
+        self.norms = nn.ModuleList(norm(n) for n in sizes[1:-1])
         self.injected = False
+        self.counts = {"planned": 0, "grown": 0, "pruned": 0}  # of NE, for `measure`
 
     def make_room(self) -> None:
         """For an injection; what is in it until then is of no account."""
@@ -180,122 +165,58 @@ class Critic(nn.Module):
 
 
 # --- agent: DrQ-v2 ------------------------------------------------------------
-class Agent(Policy):
-    """Encoder, actor, twin critics and their targets; the update is a function of a batch."""
+class Network:
+    """What one optimiser trains, the actor or the critic, and the critic's target."""
+
+    def __init__(self, module: Actor | Critic, target: Critic | None, learning_rate: float):
+        self.module = module
+        self.target = target
+        self.mlps = module.heads
+        self.params = list(module.trunk.parameters())
+        for head in module.heads:
+            self.params += [*head.layers.parameters(), *head.norms.parameters()]
+        self.optimizer = topology.Adam(self.params, learning_rate)
+
+    def step(self, gradients: tuple[torch.Tensor, ...]) -> None:
+        self.optimizer.apply(gradients)
+
+    @torch.no_grad()
+    def update_targets(self, tau: float) -> None:
+        """Polyak averaging: target <- (1 - tau) * target + tau * online."""
+        targets = self.target.parameters()
+        for p, target in zip(self.module.parameters(), targets, strict=True):
+            target.lerp_(p, tau)
+
+    def density(self) -> float:
+        return 1.0
+
+
+class Agent(ne_drq_dmc.Agent):
+    """The losses of DrQ-v2 on plain layers."""
 
     def __init__(self, args: Args, n_act: int, method_seed: int, device):
         encoder = Encoder(args)
-        super().__init__(encoder, Actor(args, encoder.n_features, n_act))
+        Policy.__init__(self, encoder, Actor(args, encoder.n_features, n_act))
         self.args = args
-        # all that a method draws: it must not shift exploration noise and batches
-        self.method_rng = torch.Generator().manual_seed(method_seed)
-        self.critic = Critic(args, self.encoder.n_features, n_act)
+        # of all that a method draws: it must not shift exploration noise and batches
+        self.rng = torch.Generator().manual_seed(method_seed)
+        self.critic = Critic(args, encoder.n_features, n_act)
         self.apply(orthogonal)
         if args.method == "injection":
             for head in self.critic.heads:
                 head.make_room()
         self.target_critic = copy.deepcopy(self.critic)
-        # of the action noise
-        self.register_buffer("stddev", torch.tensor(args.stddev[0]))
+        self.register_buffer("stddev", torch.tensor(args.stddev[0]))  # of the action noise
         self.to(device)
         self.encoder.to(memory_format=torch.channels_last)
-        self.params = {"encoder": list(self.encoder.parameters())}
-        for name, module in (("actor", self.actor), ("critic", self.critic)):
-            self.params[name] = list(module.trunk.parameters())
-            for head in module.heads:
-                self.params[name] += head.layers.parameters()
-                self.params[name] += head.norms.parameters()
-        self.optimizers = {}
-        for name, params in self.params.items():
-            self.optimizers[name] = topology.Adam(params, args.learning_rate)
-
-    def precision(self):
-        """For losses: bfloat16 where autocast holds that to be safe, if asked for."""
-        if not self.args.bf16:
-            return contextlib.nullcontext()
-        device = self.stddev.device.type
-        return torch.autocast(device, torch.bfloat16, cache_enabled=False)
-
-    def noisy_actions(self, features: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """(B, features), (B, act) -> (B, act) in [-1, 1].
-
-        The gradient passes the bounds as if there were none.
-        """
-        clip = self.args.noise_clip
-        actions = self.actor(features) + (self.stddev * noise).clamp(-clip, clip)
-        return actions + (actions.clamp(-1, 1) - actions).detach()
-
-    def critic_gradients(self, batch: Batch):
-        """Eq. 3 over n steps with clipped double Q; it trains the encoder, too.
-
-        Returns: loss, mean Q, the features (B, features) of the observations without a
-            graph, and the gradients of the encoder's and of the critic's parameters.
-        """
-        with self.precision():
-            features = self.encoder.augmented(batch.obs, batch.shifts[:, 0])  # (B, features)
-            with torch.no_grad():
-                next_features = self.encoder.augmented(batch.next_obs, batch.shifts[:, 1])
-                next_actions = self.noisy_actions(next_features, batch.noise[:, 0])
-                next_q_1, next_q_2 = self.target_critic(next_features, next_actions)
-                next_q = torch.minimum(next_q_1, next_q_2)  # (B,)
-                target_q = batch.rewards + batch.discounts * next_q  # (B,)
-            q_1, q_2 = self.critic(features, batch.actions)  # (B,), (B,)
-            loss = F.mse_loss(q_1, target_q) + F.mse_loss(q_2, target_q)  # ()
-        params = self.params["encoder"] + self.params["critic"]
-        gradients = torch.autograd.grad(loss, params)
-        of_encoder = gradients[: len(self.params["encoder"])]
-        of_critic = gradients[len(self.params["encoder"]) :]
-        return loss.detach(), q_1.mean().detach(), features.detach(), of_encoder, of_critic
-
-    def actor_gradients(self, batch: Batch, features: torch.Tensor):
-        """Eq. 4 with clipped double Q, on the features (B, features) of the critic's pass.
-
-        Returns: loss and the gradients of the actor's parameters.
-        """
-        with self.precision():
-            actions = self.noisy_actions(features, batch.noise[:, 1])  # (B, act)
-            q_1, q_2 = self.critic(features, actions)  # (B,), (B,)
-            loss = -torch.minimum(q_1, q_2).mean()  # ()
-        gradients = torch.autograd.grad(loss, self.params["actor"])
-        return loss.detach(), gradients
-
-    def step(self, name: str, gradients: tuple[torch.Tensor, ...]) -> None:
-        """One step of Adam."""
-        in_layout = []  # of the parameters; the encoder's are channels last
-        for p, gradient in zip(self.params[name], gradients, strict=True):
-            in_layout.append(torch.empty_like(p).copy_(gradient))
-        self.optimizers[name].apply(in_layout)
-
-    def update(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """One step of critic and encoder, of the policy, and of the targets.
-
-        Returns: the losses before.
-        """
-        qf_loss, mean_q, features, of_encoder, of_critic = self.critic_gradients(batch)
-        self.step("critic", of_critic)
-        self.step("encoder", of_encoder)
-        actor_loss, of_actor = self.actor_gradients(batch, features)
-        self.step("actor", of_actor)
-        self.update_targets()
-        return {"qf_loss": qf_loss, "qf_values": mean_q, "actor_loss": actor_loss}
-
-    @torch.no_grad()
-    def update_targets(self) -> None:
-        """Polyak averaging: target <- (1 - tau) * target + tau * online."""
-        targets = self.target_critic.parameters()
-        for p, target in zip(self.critic.parameters(), targets, strict=True):
-            target.lerp_(p, self.args.tau)
-
-    @torch.no_grad()
-    def hidden(self, batch: Batch) -> dict[str, list[list[torch.Tensor]]]:
-        """Activations [(B, n), ...] of the hidden layers of each head of each network."""
-        features = self.encoder.augmented(batch.obs, batch.shifts[:, 0])
-        of_actor = self.actor.trunk(features)
-        of_critic = torch.cat((self.critic.trunk(features), batch.actions), dim=1)
-        return {
-            "actor": [head.activations(of_actor) for head in self.actor.heads],
-            "critic": [head.activations(of_critic) for head in self.critic.heads],
+        self.networks = {
+            "actor": Network(self.actor, None, args.learning_rate),
+            "critic": Network(self.critic, self.target_critic, args.learning_rate),
         }
+        self.encoder_params = list(self.encoder.parameters())
+        self.encoder_optimizer = topology.Adam(self.encoder_params, args.learning_rate)
+        self.optimizers = [network.optimizer for network in self.networks.values()]
+        self.optimizers.append(self.encoder_optimizer)
 
 
 # --- methods, on the heads ----------------------------------------------------
@@ -319,9 +240,9 @@ def draw_all(head: Head, optimizer: torch.optim.Adam, rng: torch.Generator) -> N
 
 def reset(agent: Agent) -> None:
     """Reset (Nikishin et al. 2022): heads, their targets and Adam's state start anew."""
-    for name, module in (("actor", agent.actor), ("critic", agent.critic)):
-        for head in module.heads:
-            draw_all(head, agent.optimizers[name], agent.method_rng)
+    for network in agent.networks.values():
+        for head in network.mlps:
+            draw_all(head, network.optimizer, agent.rng)
     agent.target_critic.heads.load_state_dict(agent.critic.heads.state_dict())
 
 
@@ -348,12 +269,11 @@ def start_anew(head: Head, chosen: list[torch.Tensor], optimizer, rng: torch.Gen
 def redo(agent: Agent, batch: Batch) -> None:
     """ReDo (Sokar et al. 2023): dormant neurons (Eq. 1) start anew; the targets stay."""
     hidden_of = agent.hidden(batch)
-    for name, module in (("actor", agent.actor), ("critic", agent.critic)):
-        for head, hidden in zip(module.heads, hidden_of[name], strict=True):
-            dormant = []
-            for h in hidden:
-                dormant.append(topology.dormancy_scores(h) <= agent.args.redo_tau)  # (n,)
-            start_anew(head, dormant, agent.optimizers[name], agent.method_rng)
+    for name, network in agent.networks.items():
+        for head, hidden in zip(network.mlps, hidden_of[name], strict=True):
+            scores = [topology.dormancy_scores(h) for h in hidden]  # [(n,), ...]
+            dormant = [score <= agent.args.redo_tau for score in scores]
+            start_anew(head, dormant, network.optimizer, agent.rng)
 
 
 def inject(agent: Agent) -> None:
@@ -368,75 +288,34 @@ def inject(agent: Agent) -> None:
         head.frozen.load_state_dict(head.layers.state_dict())
         head.injected = True
     for head, target in zip(heads, targets, strict=True):
-        draw_all(head, agent.optimizers["critic"], agent.method_rng)
+        draw_all(head, agent.networks["critic"].optimizer, agent.rng)
         fresh = head.layers.state_dict()
         for layers in (head.copied, target.layers, target.copied):
             layers.load_state_dict(fresh)
 
 
-# --- flags and metrics --------------------------------------------------------
+# --- training -----------------------------------------------------------------
 def check_method(args: Args) -> None:
     """Raises: SystemExit(2) for a flag that needs another method, or does not fit the run."""
     for flag in fields(MethodArgs):
-        value = getattr(args, flag.name)
         method = flag.name.split("_")[0]
-        name = "--" + flag.name.replace("_", "-")
-        if flag.name != "method" and value != flag.default and args.method != method:
+        given = getattr(args, flag.name) != flag.default
+        if flag.name != "method" and given and args.method != method:
+            name = "--" + flag.name.replace("_", "-")
             die(f"{name} needs --method {method}, got --method {args.method}")
-        if flag.name.endswith("_interval") and value < 1:
-            die(f"{name} must be at least 1, got {value}")
-    if args.method == "reset":
-        require_whole_steps(args, "reset_interval")
-    if args.method == "injection":
-        if args.injection_step is None:
-            half = args.total_timesteps // args.action_repeat // 2
-            args.injection_step = max(1, half) * args.action_repeat
-        require_whole_steps(args, "injection_step")
-        if args.injection_step > args.total_timesteps:
-            last = args.total_timesteps
-            die(f"--injection-step must be at most {last}, got {args.injection_step}")
-
-
-def reset_steps(args: Args) -> range:
-    """Frames of the resets; there is none at the last step."""
-    if args.method != "reset":
-        return range(0)
-    return range(args.reset_interval, args.total_timesteps, args.reset_interval)
-
-
-def method_plan(args: Args) -> str:
-    """One line that says what to expect."""
-    if args.method == "reset":
-        return f"method: reset, {len(reset_steps(args))} times"
-    if args.method == "injection":
-        return f"method: injection, at frame {args.injection_step:,}"
-    return f"method: {args.method}"
-
-
-def measure(agent: Agent, batch: Batch, progress: Progress, step: int) -> dict[str, float]:
-    """A row of results.csv, its returns still empty, with the columns of the NE script."""
-    row = {"step": step, "eval/return_mean": math.nan, "eval/return_std": math.nan}
-    row["charts/episodic_return"] = float(np.mean(progress.returns or math.nan))
-    for key in ("qf_loss", "qf_values"):
-        row[f"losses/{key}"] = float(progress.losses.get(key, math.nan))
-    for name, hidden_of_heads in agent.hidden(batch).items():
-        hidden = list(itertools.chain(*hidden_of_heads))
-        values = {"density": 1.0} | topology.activity(hidden)
-        values |= {"planned": 0, "grown": 0, "pruned": 0}
-        for key, value in values.items():
-            row[f"ne/{name}/{key}"] = value
-    row["ne/review_epsilon"] = 1.0
-    row["ne/review_share"] = 0.0
-    return row
+    if args.method == "injection" and args.injection_step is None:
+        half = args.total_timesteps // args.action_repeat // 2
+        args.injection_step = max(1, half) * args.action_repeat
+    in_steps = {"reset": ["reset_interval"], "injection": ["injection_step"]}
+    check_steps(args, *in_steps.get(args.method, []))
 
 
 def main() -> None:
     # --- setup ---
     args, checkpoint = parse_args(Args)
     scale_to_task(args)
-    check_sizes(args)
     check_method(args)
-    device = set_up_torch(args)
+    device = set_up(args)
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     weight_seed, noise_seed, batch_seed, method_seed = seeds
     torch.manual_seed(weight_seed)
@@ -445,117 +324,104 @@ def main() -> None:
     eval_env = PixelEnv(args)
     agent = Agent(args, env.n_act, method_seed, device)
     buffer = ReplayBuffer(args, env.n_act, batch_seed, device)
-    batch = buffer.new_batch(args.batch_size)
-    metrics_batch = buffer.new_batch(args.batch_size)
     progress = Progress()
-
-    # all that a resumed run needs
-    parts = {"agent": agent, "buffer": buffer, "progress": progress}
-    parts["method_rng"] = agent.method_rng
-    parts["noise_rng"] = noise_rng
-    parts["env_rng"] = env.rng
-    for name, optimizer in agent.optimizers.items():
-        parts[f"{name}_optimizer"] = optimizer
+    parts = (agent, buffer, progress, noise_rng, [env])  # all that a resumed run needs
+    start = 0
     if checkpoint is not None:
-        restore(parts, checkpoint)
-    run = Run(args, args.env_id, args.total_timesteps, checkpoint)
-    print(f"{args.env_id}, seed {args.seed}, {device}: {run.folder}\n{method_plan(args)}")
-    size = f"{args.frame_stack} frames of {args.frame_size}x{args.frame_size}"
-    print(f"{env.n_act} actions, {size}, {env.backend}")
-    evaluate_postponed(run, progress, agent, eval_env, args)
-    update = fast_update(args, agent, batch)
-
-    # --- the loop ---
-    resets = reset_steps(args)
-    episodic_return = 0.0
-    episodic_length = 0
-    started = time.time()
-    start = run.saved
+        start = checkpoint["step"]
+        restore(parts, checkpoint["parts"])
+    folder, lock = open_folder(args, checkpoint, args.env_id)
+    log = Log(args, folder, start)
+    stop = Stop()
+    print(f"{args.env_id}, seed {args.seed}, {device}: {folder}\nmethod: {args.method}")
+    print(f"rendering: {env.backend}")
+    update = fast_update(args, agent, buffer)
     obs = env.reset()
     buffer.start_episode(obs)
-    first = start + args.action_repeat
-    for step in range(first, args.total_timesteps + 1, args.action_repeat):
+
+    # --- the loop ---
+    saved = start
+    started = time.time()
+    last = args.total_timesteps
+    repeat = args.action_repeat
+    steps = range(start + repeat, last + 1, repeat)
+    for step in tqdm(steps, initial=start // repeat, total=last // repeat, disable=None):
         # act
-        agent_step = step // args.action_repeat
+        agent_step = step // repeat
         stddev = np.interp(agent_step, (0, args.stddev_duration), args.stddev)
         if step <= args.learning_starts:
             action = noise_rng.uniform(-1, 1, env.n_act)
         else:
             action = agent.act(obs) + noise_rng.normal(0, stddev, env.n_act)
-            run.require_finite(step, action)
         action = action.clip(-1, 1).astype(np.float32)
+        require_finite(step, action=action)
 
         # update; before the environment steps, so that on CUDA both run at the same time
-        if step > args.learning_starts and agent_step % args.update_frequency == 0:
+        due = step > args.learning_starts and agent_step % args.update_frequency == 0
+        updates = args.replay_ratio if due else 0
+        for _ in range(updates):
             progress.updates += 1
             agent.stddev.fill_(stddev)
-            buffer.sample(batch)
+            batch = buffer.sample(args.batch_size)
             # critic and encoder, then actor and targets
             losses = update(batch)
-            for key, value in losses.items():
-                progress.losses[key] = value.clone()
+            progress.losses = {key: value.clone() for key, value in losses.items()}
             if args.method == "redo" and progress.updates % args.redo_interval == 0:
                 redo(agent, batch)
 
         # step and store
-        try:
-            obs, reward, discount, done = env.step(action)
-        except EnvironmentFault as fault:
-            run.fail(step, str(fault))
+        obs, reward, discount, ended = env.step(action)
+        require_finite(step, reward=reward)
         buffer.add(obs, action, reward, discount)
-        episodic_return += reward
-        episodic_length += args.action_repeat
-        if done:
-            run.log(step, "charts/episodic_return", episodic_return)
-            run.log(step, "charts/episodic_length", episodic_length)
-            progress.returns.append(episodic_return)
+        if ended:
+            progress.returns.append(env.episodic_return)
+            log.scalar("charts/episodic_return", env.episodic_return, step)
+            log.scalar("charts/episodic_length", env.episodic_length, step)
 
-        # rivals that count frames
-        if step in resets:
+        # rivals that count steps
+        if args.method == "reset" and step % args.reset_interval == 0 and step < last:
             reset(agent)
         if args.method == "injection" and step == args.injection_step:
             inject(agent)
             if args.compile:  # what is compiled is the networks before
                 del agent.critic_gradients, agent.actor_gradients
-            update = fast_update(args, agent, batch)
+            update = fast_update(args, agent, buffer)
 
         # evaluate and log
-        run.bar.update(args.action_repeat)
         if step % 1_000 == 0:
-            run.log(step, "charts/SPS", (step - start) / (time.time() - started))
+            log.scalar("charts/SPS", (step - start) / (time.time() - started), step)
             for key, value in progress.losses.items():
-                run.log(step, f"losses/{key}", value)
-        last = step == args.total_timesteps
-        if step % args.eval_frequency == 0 or last:
-            run.require_finite(step, *agent.parameters())
-            buffer.sample(metrics_batch, rng=torch.Generator().manual_seed(step))
-            row = measure(agent, metrics_batch, progress, step)
+                log.scalar(f"losses/{key}", value, step)
+        if step % args.eval_frequency == 0 or step == last:
+            returns = evaluate(agent, eval_env, args.eval_episodes, args.seed)
+            mean = float(np.mean(returns))
+            std = float(np.std(returns))
+            row = {"step": step, "eval/return_mean": mean, "eval/return_std": std}
+            rng = torch.Generator().manual_seed(step)
+            batch = buffer.sample(args.batch_size, rng=rng)
+            row |= measure(agent, batch, progress)
             progress.returns = []
-            progress.postponed.append((row, policy_weights(agent)))
-            evaluate_postponed(run, progress, agent, eval_env, args, last)
+            write_row(folder, row)
+            for key, value in row.items():
+                log.scalar(key, value, step)
+            tqdm.write(f"step {step:,}: return {mean:,.1f} +- {std:,.1f}")
 
-        # episode end
-        if done:
-            # no environment can be saved inside an episode
-            stopping = run.stop_signal is not None
-            due = step - run.saved >= args.checkpoint_frequency
-            if (due or stopping) and not last:
-                run.require_finite(step, *agent.parameters())
-                run.save(step, parts)
-                if stopping:
-                    run.leave(step)
-            episodic_return = 0.0
-            episodic_length = 0
+        # episode end; no environment can be saved inside an episode
+        if ended and step < last:
+            if stop.signal or step - saved >= args.checkpoint_frequency:
+                save(folder, args, checkpoint, step, parts)
+                saved = step
+            if stop.signal:
+                log.close()
+                lock.release()
+                stop.leave(step, folder)
             obs = env.reset()
             buffer.start_episode(obs)
 
-    run.require_finite(step, *agent.parameters())
-    del parts["buffer"]  # a finished run needs it no more
-    run.save(step, parts, finished=True)
-    run.close()
-    print(f"finished: {run.folder}, {(step - start) / (time.time() - started):.0f} frames/s")
-    for name in ("actor", "critic"):
-        print(f"{name}: active neurons {row[f'ne/{name}/active_ratio']:.1%}")
+    save(folder, args, checkpoint, step, parts, finished=True)
+    log.close()
+    lock.release()
+    print(f"finished: {folder}, {(step - start) / (time.time() - started):.0f} steps/s")
 
 
 if __name__ == "__main__":

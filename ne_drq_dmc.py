@@ -259,16 +259,14 @@ class ReplayBuffer:
         for name in ("frames", "steps", "windows"):
             filled = getattr(self, name)[: self.count]
             state[name] = torch.from_numpy(filled.cpu().numpy())
-        for name in ("count", "start", "oldest", "newest"):
-            state[name] = getattr(self, name)
+        state["counters"] = [self.count, self.start, self.oldest, self.newest]
         return state
 
     def load_state_dict(self, state: dict) -> None:
         """Raises: ValueError for the buffer of a run on another device."""
         if state["device"] != self.device.type:
             raise ValueError(f"the run was on {state['device']}, this is {self.device.type}")
-        for name in ("count", "start", "oldest", "newest"):
-            setattr(self, name, state[name])
+        self.count, self.start, self.oldest, self.newest = state["counters"]
         for name in ("frames", "steps", "windows"):
             getattr(self, name)[: self.count] = state[name]
         self.rng.set_state(state["rng"])
@@ -290,11 +288,7 @@ class MaskedLinear(nn.Linear):
         self.register_buffer("bound", torch.full((n_out, n_in), math.inf))  # of |weight|
 
     def draw(self, neurons: int, rng: torch.Generator):
-        """Weights (neurons, in) and biases (neurons,), as `orthogonal` draws them.
-
-        Of all neurons, an orthogonal matrix; of one, a random direction of the length that
-        a row of such a matrix has.
-        """
+        """Weights (neurons, in), biases (neurons,): `orthogonal`, of one neuron such a row."""
         weights = torch.empty(neurons, self.in_features)
         if neurons == self.out_features:
             nn.init.orthogonal_(weights, generator=rng)
@@ -492,10 +486,17 @@ class Agent(Policy):
         self.critic = Critic(args, encoder.n_features, n_act)
         self.apply(orthogonal)
         # §4.2, sparse start
+        sparse = []
         if args.ne_actor:
-            self.sparsify(self.actor)
+            sparse += [self.actor]
         if args.ne_critic:
-            self.sparsify(self.critic)
+            sparse += [self.critic]
+        for module in sparse:
+            budgets = [head.layers for head in module.heads]
+            if args.sparse_trunk:  # one for all
+                budgets = [module.layers]
+            for layers in budgets:
+                topology.sparsify(layers, args.initial_density, args.sparse_init, self.rng)
         self.target_critic = copy.deepcopy(self.critic)
         self.register_buffer("stddev", torch.tensor(args.stddev[0]))  # of the action noise
         self.to(device)
@@ -504,19 +505,9 @@ class Agent(Policy):
             "actor": Network(self.actor, None, args.learning_rate),
             "critic": Network(self.critic, self.target_critic, args.learning_rate),
         }
-        self.encoder_params = list(self.encoder.parameters())
-        self.encoder_optimizer = topology.Adam(self.encoder_params, args.learning_rate)
+        self.encoder_optimizer = topology.Adam(list(encoder.parameters()), args.learning_rate)
         self.optimizers = [network.optimizer for network in self.networks.values()]
         self.optimizers.append(self.encoder_optimizer)
-
-    def sparsify(self, module: Heads) -> None:
-        """Each head has a budget of its own, or shares it with trunk and other head."""
-        args = self.args
-        budgets = [module.layers]
-        if not args.sparse_trunk:
-            budgets = [head.layers for head in module.heads]
-        for layers in budgets:
-            topology.sparsify(layers, args.initial_density, args.sparse_init, self.rng)
 
     def precision(self):
         """For losses: bfloat16 where autocast holds that to be safe, if asked for."""
@@ -526,10 +517,7 @@ class Agent(Policy):
         return torch.autocast(device, torch.bfloat16, cache_enabled=False)
 
     def noisy_actions(self, features: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """(B, features), (B, act) -> (B, act) in [-1, 1].
-
-        The gradient passes the bounds as if there were none.
-        """
+        """(B, features), (B, act) -> (B, act) in [-1, 1]; the gradient passes the bounds."""
         clip = self.args.noise_clip
         actions = self.actor(features) + (self.stddev * noise).clamp(-clip, clip)
         return actions + (actions.clamp(-1, 1) - actions).detach()
@@ -551,10 +539,10 @@ class Agent(Policy):
                 target_q = batch.rewards + batch.discounts * next_q  # (B,)
             q_1, q_2 = self.critic(features, batch.actions)  # (B,), (B,)
             loss = F.mse_loss(q_1, target_q) + F.mse_loss(q_2, target_q)  # ()
-        params = self.encoder_params + self.networks["critic"].params
-        gradients = torch.autograd.grad(loss, params)
-        of_encoder = gradients[: len(self.encoder_params)]
-        of_critic = gradients[len(self.encoder_params) :]
+        encoder_params = list(self.encoder.parameters())
+        gradients = torch.autograd.grad(loss, encoder_params + self.networks["critic"].params)
+        of_encoder = gradients[: len(encoder_params)]
+        of_critic = gradients[len(encoder_params) :]
         return loss.detach(), q_1.mean().detach(), features.detach(), of_encoder, of_critic
 
     def actor_gradients(self, batch: Batch, features: torch.Tensor):
@@ -570,10 +558,7 @@ class Agent(Policy):
         return loss.detach(), gradients
 
     def update(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """One step of critic and encoder, of the policy, and of the targets.
-
-        Returns: the losses before.
-        """
+        """One step of critic and encoder, policy and targets. Returns the losses before."""
         qf_loss, mean_q, features, of_encoder, of_critic = self.critic_gradients(batch)
         self.networks["critic"].step(of_critic)
         self.encoder_optimizer.apply(of_encoder)

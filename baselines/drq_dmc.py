@@ -5,12 +5,11 @@ Paper: Neuroplastic Expansion in Deep Reinforcement Learning, arXiv 2410.07994.
 Run:   python -m baselines.drq_dmc --method redo    (--help lists all flags)
        in the root of the repository, on a GPU, as ne_drq_dmc.py
 With --method none it is DrQ-v2, and ne_drq_dmc.py without NE (--initial-density 1
---review-floor 1) is bit-equal to it. The agent here is the witness for that: it has plain
-layers of its own. What is not the agent's or a method's is imported from that script.
+--review-floor 1) is bit-equal to it. The agent here is the witness for that: its layers and
+steps are plain. The losses, and what is not the agent's, are imported from that script.
 """
 
 import copy
-import itertools
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -20,13 +19,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python baselines/NAME.py
 
 import ne_drq_dmc
 import utils_topology as topology
+from baselines.td3_continuous import MLP
 from ne_drq_dmc import (
     TRUNK,
     Batch,
@@ -76,60 +75,13 @@ class Args(MethodArgs, DrQArgs, RunArgs):
 
 
 # --- networks -----------------------------------------------------------------
-class Head(nn.Module):
-    """Hidden layers (linear, LayerNorm if asked for, ReLU), then a linear layer.
-
-    After a plasticity injection `layers` is theta_1, which learns, `frozen` is theta, which
-    it was until then, and `copied` is theta_2, what theta_1 started from.
-    """
-
-    def __init__(self, sizes: list[int], layer_norm: bool):
-        super().__init__()
-        self.layers = nn.ModuleList()
-        for n_in, n_out in itertools.pairwise(sizes):
-            self.layers.append(nn.Linear(n_in, n_out))
-        norm = nn.LayerNorm if layer_norm else nn.Identity
-        self.norms = nn.ModuleList(norm(n) for n in sizes[1:-1])
-        self.injected = False
-        self.counts = {"planned": 0, "grown": 0, "pruned": 0}  # of NE, for `measure`
-
-    def make_room(self) -> None:
-        """For an injection; what is in it until then is of no account."""
-        self.frozen = copy.deepcopy(self.layers)
-        self.copied = copy.deepcopy(self.layers)
-
-    def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, sizes[0]) -> [(B, n), ...] of the hidden layers that learn."""
-        hidden = []
-        for layer, norm in zip(self.layers, self.norms, strict=False):  # not the last
-            x = F.relu(norm(layer(x)))
-            hidden.append(x)
-        return hidden
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.activations(x)
-        y = self.layers[-1](hidden[-1])  # (B, sizes[-1])
-        if self.injected:
-            return plain(self.frozen, x) + (y - plain(self.copied, x))
-        return y
-
-    def get_extra_state(self) -> bool:
-        return self.injected
-
-    def set_extra_state(self, injected: bool) -> None:
-        self.injected = injected
-
-
-def plain(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
-    """Linear layers with ReLU between them."""
-    for layer in layers[:-1]:
-        x = F.relu(layer(x))
-    return layers[-1](x)
-
-
 def make_trunk(n_features: int) -> nn.Sequential:
     """(B, features) -> (B, TRUNK)."""
     return nn.Sequential(nn.Linear(n_features, TRUNK), nn.LayerNorm(TRUNK), nn.Tanh())
+
+
+def make_head(args: Args, sizes: list[int]) -> MLP:
+    return MLP(sizes, "layer-norm" if args.method == "layer-norm" else "none")
 
 
 class Actor(nn.Module):
@@ -139,8 +91,7 @@ class Actor(nn.Module):
         super().__init__()
         sizes = [TRUNK, args.hidden_dim, args.hidden_dim, n_act]
         self.trunk = make_trunk(n_features)
-        head = Head(sizes, args.method == "layer-norm")
-        self.heads = nn.ModuleList([head])
+        self.heads = nn.ModuleList([make_head(args, sizes)])
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.heads[0](self.trunk(features)))
@@ -153,9 +104,7 @@ class Critic(nn.Module):
         super().__init__()
         sizes = [TRUNK + n_act, args.hidden_dim, args.hidden_dim, 1]
         self.trunk = make_trunk(n_features)
-        self.heads = nn.ModuleList()
-        for _ in range(2):
-            self.heads.append(Head(sizes, args.method == "layer-norm"))
+        self.heads = nn.ModuleList(make_head(args, sizes) for _ in range(2))
 
     def forward(self, features: torch.Tensor, actions: torch.Tensor):
         x = torch.cat((self.trunk(features), actions), dim=1)  # (B, TRUNK + act)
@@ -203,8 +152,9 @@ class Agent(ne_drq_dmc.Agent):
         self.critic = Critic(args, encoder.n_features, n_act)
         self.apply(orthogonal)
         if args.method == "injection":
-            for head in self.critic.heads:
-                head.make_room()
+            for head in self.critic.heads:  # what is in them until then is of no account
+                head.frozen = copy.deepcopy(head.layers)
+                head.copied = copy.deepcopy(head.layers)
         self.target_critic = copy.deepcopy(self.critic)
         self.register_buffer("stddev", torch.tensor(args.stddev[0]))  # of the action noise
         self.to(device)
@@ -213,8 +163,7 @@ class Agent(ne_drq_dmc.Agent):
             "actor": Network(self.actor, None, args.learning_rate),
             "critic": Network(self.critic, self.target_critic, args.learning_rate),
         }
-        self.encoder_params = list(self.encoder.parameters())
-        self.encoder_optimizer = topology.Adam(self.encoder_params, args.learning_rate)
+        self.encoder_optimizer = topology.Adam(list(encoder.parameters()), args.learning_rate)
         self.optimizers = [network.optimizer for network in self.networks.values()]
         self.optimizers.append(self.encoder_optimizer)
 
@@ -228,7 +177,7 @@ def draw(layer: nn.Linear, rng: torch.Generator) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw_all(head: Head, optimizer: torch.optim.Adam, rng: torch.Generator) -> None:
+def draw_all(head: MLP, optimizer: torch.optim.Adam, rng: torch.Generator) -> None:
     """Draws the layers that learn and zeroes Adam's state of them, step counters too."""
     for layer in head.layers:
         layer.weight.copy_(draw(layer, rng))
@@ -247,7 +196,7 @@ def reset(agent: Agent) -> None:
 
 
 @torch.no_grad()
-def start_anew(head: Head, chosen: list[torch.Tensor], optimizer, rng: torch.Generator) -> None:
+def start_anew(head: MLP, chosen: list[torch.Tensor], optimizer, rng: torch.Generator) -> None:
     """Draws what enters the chosen neurons, zeroes what leaves them; Adam's moments are 0.
 
     Args:

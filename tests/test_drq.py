@@ -237,48 +237,37 @@ def test_observations_are_stacks_with_the_newest_frame_last(monkeypatch):
         assert type(reward) is float
 
 
-def test_the_same_seed_is_the_same_start(monkeypatch):
-    env = fake_env(monkeypatch)
-    starts = [env.reset(seed=4), env.reset(), env.reset(seed=4)]
-    assert np.array_equal(starts[0], starts[2])
-    assert not np.array_equal(starts[0], starts[1])
-
-
 @pytest.mark.parametrize(("env_id", "camera"), [("quadruped_walk", 2), ("walker_walk", 0)])
-def test_the_quadruped_is_seen_by_another_camera(monkeypatch, env_id, camera):
+def test_the_same_seed_is_the_same_start(monkeypatch, env_id, camera):
+    """Seen by another camera, if it is the quadruped's."""
+
     class Seen(FakeTask):
         def render(self, height, width, camera_id):
             assert camera_id == camera
             return super().render(height, width, 0)
 
-    fake_env(monkeypatch, Seen, env_id=env_id).reset()
+    env = fake_env(monkeypatch, Seen, env_id=env_id)
+    starts = [env.reset(seed=4), env.reset(), env.reset(seed=4)]
+    assert np.array_equal(starts[0], starts[2])
+    assert not np.array_equal(starts[0], starts[1])
 
 
 # --- agent --------------------------------------------------------------------
-@pytest.mark.parametrize(("size", "features"), [(15, 4), (24, 100), (84, 4 * 35 * 35)])
-def test_the_encoders_output_size_is_inferred(size, features):
-    agent = ne.Agent(make_args(frame_size=size), 2, ne_seed=0, device=CPU)
-    for trunk in (agent.actor.trunk, agent.critic.trunk):
-        assert trunk.layers[0].in_features == features
-    assert agent.act(np.zeros((9, size, size), dtype=np.uint8)).shape == (2,)
-
-
 def test_the_default_sizes_are_those_of_drq_v2():
     agent = ne.Agent(ne.Args(initial_density=1.0), 6, ne_seed=0, device=CPU)
     convolutions = list(agent.encoder.convolutions)
-    assert [m.in_channels for m in convolutions] == [9, 32, 32, 32]
-    assert [m.out_channels for m in convolutions] == [32] * 4
-    assert [m.stride[0] for m in convolutions] == [2, 1, 1, 1]
-    for trunk in (agent.actor.trunk, agent.critic.trunk):
-        assert trunk.layers[0].weight.shape == (50, 32 * 35 * 35)
-    (head,) = agent.actor.heads
-    assert [x.weight.shape for x in head.layers] == [(1024, 50), (1024, 1024), (6, 1024)]
-    for head in agent.critic.heads:
-        assert [x.weight.shape for x in head.layers] == [(1024, 56), (1024, 1024), (1, 1024)]
+    shapes = [(m.in_channels, m.out_channels, m.stride[0]) for m in convolutions]
+    assert shapes == [(9, 32, 2), (32, 32, 1), (32, 32, 1), (32, 32, 1)]
+    for module, n_in, n_out in ((agent.actor, 50, 6), (agent.critic, 56, 1)):
+        assert module.trunk.layers[0].weight.shape == (50, 32 * 35 * 35)
+        for head in module.heads:
+            shapes = [layer.weight.shape for layer in head.layers]
+            assert shapes == [(1024, n_in), (1024, 1024), (n_out, 1024)]
     weight = head.layers[1].weight
     assert torch.allclose(weight @ weight.T, torch.eye(1024), atol=1e-4)
     convolution = convolutions[1].weight.flatten(1)
     assert torch.allclose(convolution @ convolution.T, 2 * torch.eye(32), atol=1e-4)
+    assert agent.act(np.zeros((9, 84, 84), dtype=np.uint8)).shape == (6,)
 
 
 class ByHand:
@@ -333,9 +322,11 @@ class ByHand:
 def test_updates_are_those_of_drq_v2():
     """Dense, against Adam on losses written from the paper.
 
-    The encoder learns from the critic alone, the targets follow at every update.
+    The encoder learns from the critic alone, the targets follow at every update, and the
+    gradient passes the bounds of the actions.
     """
     agent, buffer = make_agent(initial_density=1.0)
+    agent.actor.heads[0].layers[-1].bias.data.fill_(2.0)  # tanh 0.96: much noise leads out
     twin = copy.deepcopy(agent)
     by_hand = ByHand(twin)
     adams = {}
@@ -373,22 +364,6 @@ def test_updates_are_those_of_drq_v2():
         assert losses["actor_loss"].item() == expected
         for (name, ours), theirs in zip(agent.named_parameters(), twin.parameters(), strict=True):
             assert torch.allclose(ours, theirs, atol=2e-6), name
-
-
-def test_the_gradient_passes_the_bounds_of_the_actions():
-    agent, _ = make_agent()
-    agent.actor.heads[0].layers[-1].bias.data.fill_(2.0)  # tanh 0.96: much noise leads out
-    features = torch.randn(64, agent.encoder.n_features)
-    noise = torch.randn(64, 2)
-    actions = agent.noisy_actions(features, noise)
-    mean = agent.actor(features)
-    assert torch.allclose(actions, (mean + noise.clamp(-0.3, 0.3)).clamp(-1, 1), atol=1e-6)
-    assert (actions == 1).float().mean() > 0.2
-    params = list(agent.actor.parameters())
-    ours = torch.autograd.grad(actions.sum(), params)
-    expected = torch.autograd.grad(mean.sum(), params)
-    for a, b in zip(ours, expected, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_bf16_is_close_and_keeps_the_parameters_in_float32():
@@ -525,39 +500,38 @@ def test_a_neuron_that_starts_anew_does_so_with_its_layer_norm(how):
 
 
 # --- schedules ----------------------------------------------------------------
-def test_what_is_not_given_scales_with_the_run():
-    """Frames for rounds, updates for counts; two frames a step, two steps an update."""
-    args = ne.Args()
+def scaled(**changes) -> ne.Args:
+    args = ne.Args(**changes)
     ne.scale_to_task(args)
     ne.scale_to_run(args)
+    return args
+
+
+def test_what_is_not_given_scales_with_task_and_run():
+    """Frames for rounds, updates for counts; two frames a step, two steps an update."""
+    args = scaled()
     assert (args.total_timesteps, args.growth_end) == (1_100_000, 1_100_000)
+    assert args.stddev_duration == 100_000
     assert args.grow_interval == 11_000
     assert args.review_interval == 274  # of 274,000 updates
     counts = (550_000 - 4_000) // 4 // 274 - 1
     assert (1 - args.review_decay) ** counts == pytest.approx(args.review_floor)
     assert ne.growth_rounds(args) == range(11_000, 1_100_000, 11_000)
-    plan = "topology: actor 25% -> 75%, critic 25% -> 95% in 99 rounds, less what is pruned"
-    assert ne.growth_plan(args) == plan
     # with more updates, counts are as often in time
-    more = ne.Args(replay_ratio=3)
-    ne.scale_to_task(more)
-    ne.scale_to_run(more)
-    assert more.review_interval == 822
-    assert more.review_decay == args.review_decay
+    more = scaled(replay_ratio=3)
+    assert (more.review_interval, more.review_decay) == (822, args.review_decay)
+    other = scaled(env_id="reacher_hard")
+    assert (other.total_timesteps, other.stddev_duration) == (3_100_000, 500_000)
 
 
 @pytest.mark.parametrize(
-    ("changes", "plan"),
-    [
-        ({"growth": "none"}, "actor 25% -> 25%, critic 25% -> 25% in 89 rounds"),
-        ({"ne_actor": False}, "actor 100% -> 100%, critic 25% -> 95% in 89 rounds"),
-        ({"initial_density": 1.0}, "actor 100% -> 100%, critic 100% -> 100% in 89 rounds"),
-    ],
+    ("changes", "actor", "critic"),
+    [({}, "25% -> 75%", "25% -> 95%"), ({"growth": "none"}, "25% -> 25%", "25% -> 25%")]
+    + [({"ne_actor": False, "initial_density": 0.8}, "100% -> 100%", "80% -> 95%")],
 )
-def test_the_plan_is_one_right_line(changes, plan):
-    args = make_args(**changes)
-    assert ne.growth_plan(args).startswith(f"topology: {plan}")
-    assert (args.actor_grow_rate, args.critic_grow_rate) == (0, 0) or "critic 25% -> 9" in plan
+def test_the_plan_is_one_right_line(changes, actor, critic):
+    plan = f"topology: actor {actor}, critic {critic} in 99 rounds, less what is pruned"
+    assert ne.growth_plan(scaled(**changes)) == plan
 
 
 @pytest.mark.parametrize("repeat", [1, 3, 8])

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import baselines.drq_dmc as drq
 import ne_drq_dmc as ne
@@ -133,11 +132,14 @@ def test_reset_starts_heads_their_targets_and_adam_anew_and_keeps_the_rest():
 
 # --- injection ----------------------------------------------------------------
 def test_injection_leaves_every_output_as_it_was():
+    """And what the encoder learns from it: the gradient passes all three heads."""
     agent, buffer = make_agent(method="injection")
     train(agent, buffer, 6)
     old = [values(head.layers) for head in agent.critic.heads]
-    actions = buffer.sample(16).actions
+    batch = buffer.sample(16)
+    actions = batch.actions
     features = torch.randn(16, agent.encoder.n_features)
+    gradients = agent.critic_gradients(batch)[3]
 
     def outputs() -> list[torch.Tensor]:
         q = [*agent.critic(features, actions), *agent.target_critic(features, actions)]
@@ -146,6 +148,8 @@ def test_injection_leaves_every_output_as_it_was():
     before = outputs()
     drq.inject(agent)
     assert equal(outputs(), before)
+    for now, then in zip(agent.critic_gradients(batch)[3], gradients, strict=True):
+        assert torch.allclose(now, then, atol=1e-3 * then.abs().max())
     for head, values_before in zip(agent.critic.heads, old, strict=True):
         assert equal(values(head.frozen), values_before)
         assert_orthogonal(head.layers[1].weight)
@@ -180,49 +184,6 @@ def test_after_injection_the_fresh_heads_learn_and_the_old_ones_do_not():
     # Adam starts anew for what is new and goes on for the rest
     assert all(state["step"] == 6 for head in critic.heads for state in adam_of(agent, head.layers))
     assert all(state["step"] == 12 for state in adam_of(agent, critic.trunk))
-
-
-def by_hand(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
-    for layer in layers[:-1]:
-        x = torch.relu(F.linear(x, layer.weight, layer.bias))
-    return F.linear(x, layers[-1].weight, layers[-1].bias)[:, 0]
-
-
-def test_the_encoder_gets_its_gradient_through_all_three_heads():
-    """Against a loss by hand, some updates after the injection."""
-    agent, buffer = make_agent(method="injection")
-    train(agent, buffer, 4)
-    drq.inject(agent)
-    train(agent, buffer, 4)
-    batch = buffer.sample(16)
-    encoder = list(agent.encoder.parameters())
-
-    def gradient(through) -> tuple[torch.Tensor, ...]:
-        """With the value of each head as `through` puts it together from h, h_1, h_2."""
-        h = agent.encoder(ne.random_shift(batch.obs, batch.shifts[:, 0]))
-        x = torch.cat((agent.critic.trunk(h), batch.actions), dim=1)
-        with torch.no_grad():
-            next_h = agent.encoder(ne.random_shift(batch.next_obs, batch.shifts[:, 1]))
-            next_actions = agent.noisy_actions(next_h, batch.noise[:, 0])
-            next_x = torch.cat((agent.target_critic.trunk(next_h), next_actions), dim=1)
-            next_q = []
-            for t in agent.target_critic.heads:
-                fresh = by_hand(t.layers, next_x) - by_hand(t.copied, next_x)
-                next_q.append(by_hand(t.frozen, next_x) + fresh)
-            y = batch.rewards + batch.discounts * torch.minimum(*next_q)
-        loss = 0.0
-        for head in agent.critic.heads:
-            old, fresh, copied = head.frozen, head.layers, head.copied
-            q = through(by_hand(old, x), by_hand(fresh, x), by_hand(copied, x))
-            loss = loss + ((q - y) ** 2).mean()
-        return torch.autograd.grad(loss, encoder)
-
-    ours = agent.critic_gradients(batch)[3]
-    whole = gradient(lambda old, fresh, copied: old + fresh - copied)
-    cut = gradient(lambda old, fresh, copied: old.detach() + fresh - copied.detach())
-    for a, b, c in zip(ours, whole, cut, strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
-        assert not torch.allclose(a, c, rtol=1e-1, atol=1e-6)
 
 
 # --- CUDA ---------------------------------------------------------------------

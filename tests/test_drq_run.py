@@ -164,10 +164,9 @@ def test_an_interrupted_run_resumes_exactly(whole, tmp_path, capsys, name, numbe
 
 # --- what stops a run ---------------------------------------------------------
 class Faulty(fake_task.FakeTask):
-    """Its reward is `fault` in its ninth episode."""
+    """Its reward is infinite in its ninth episode."""
 
     episodes = 0
-    fault = math.nan
 
     def reset(self):
         super().reset()
@@ -175,13 +174,11 @@ class Faulty(fake_task.FakeTask):
 
     def step(self, action):
         moment = super().step(action)
-        return moment._replace(reward=self.fault) if self.episodes == 9 else moment
+        return moment._replace(reward=math.inf) if self.episodes == 9 else moment
 
 
 @pytest.mark.parametrize("script", [ne, drq])
-@pytest.mark.parametrize("fault", [math.nan, -math.inf])
-def test_a_reward_that_is_none_stops_the_run(tmp_path, monkeypatch, capsys, script, fault):
-    monkeypatch.setattr(Faulty, "fault", fault)
+def test_a_reward_that_is_none_stops_the_run(tmp_path, monkeypatch, capsys, script):
     monkeypatch.setattr(ne, "load_task", lambda env_id, rng: (Faulty(rng), "none"))
     flags = f"{SMALL} --eval-episodes 1 --run-dir {tmp_path / 'run'}"
     words = "the reward is NaN or infinite at step 162; --resume continues"
@@ -233,24 +230,6 @@ def test_a_buffer_that_does_not_fit_is_one_line(tmp_path, capsys):
     flags = f"--buffer-size 1000000000 --run-dir {tmp_path / 'run'}"
     refused(capsys, flags, "the replay buffer and the networks must fit", module=ne, code=1)
     assert not (tmp_path / "run").exists()
-
-
-def test_only_reset_cares_for_its_interval():
-    args = drq.Args(action_repeat=3, total_timesteps=300, eval_frequency=300)
-    drq.check_method(args)
-    args.method = "reset"
-    with pytest.raises(SystemExit):
-        drq.check_method(args)
-
-
-@pytest.mark.parametrize(
-    ("task", "lengths"),
-    [("walker_walk", (1_100_000, 100_000)), ("reacher_hard", (3_100_000, 500_000))],
-)
-def test_the_length_of_a_run_and_of_its_noise_depend_on_the_task(task, lengths):
-    args = ne.Args(env_id=task)
-    ne.scale_to_task(args)
-    assert (args.total_timesteps, args.stddev_duration) == lengths
 
 
 # --- the real task ------------------------------------------------------------
@@ -331,7 +310,7 @@ def test_the_real_walker_is_rendered_and_a_killed_run_resumes_exactly(tmp_path, 
 def test_the_baseline_renders_the_real_walker(tmp_path):
     """In a process of its own, with python -m."""
     flags = f"{SIZES} --total-timesteps 24 --learning-starts 12 --eval-episodes 1 "
-    flags += f"--action-repeat 12 --n-step 1 --run-dir {tmp_path / 'run'} --eval-frequency 12"
+    flags += f"--action-repeat 12 --n-step 1 --run-dir {tmp_path / 'run'} --eval-frequency 24"
     code, out, err = finish(launch(flags, script=Path(drq.__file__)))
     assert code == 0, err
     assert "replay buffer: 0.00 GiB on cpu" in out

@@ -157,7 +157,10 @@ class ReplayBuffer:
         first = self.position if self.size == len(self.data) else 0  # the oldest row
         count = max(1, int(oldest * self.size))
         age = torch.randint(count, (size,), generator=rng, device=rng.device)
-        index = (first + age) % len(self.data)  # (B,), age 0 is the oldest
+        return self.batch((first + age) % len(self.data), rng)  # age 0 is the oldest
+
+    def batch(self, index: torch.Tensor, rng: torch.Generator) -> Batch:
+        """The rows (B,) of an index, with noise."""
         rows = self.data[index.to(self.data.device)]
         obs, actions, next_obs, ends = rows.split((self.n_obs, self.n_act, self.n_obs, 2), dim=1)
         noise = torch.randn(actions.shape, generator=rng, device=rng.device)

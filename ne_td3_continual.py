@@ -184,7 +184,10 @@ class ReplayBuffer:
         first = self.position if self.size == len(self.data) else 0  # the oldest row
         count = max(1, int(oldest * self.size))
         age = torch.randint(count, (size,), generator=rng, device=rng.device)
-        index = (first + age) % len(self.data)  # (B,), age 0 is the oldest
+        return self.batch((first + age) % len(self.data), rng)  # age 0 is the oldest
+
+    def batch(self, index: torch.Tensor, rng: torch.Generator) -> Batch:
+        """The rows (B,) of an index, with noise."""
         rows = self.data[index.to(self.data.device)]
         columns = (self.n_obs, self.n_act, self.n_obs, 2, self.n_act)
         obs, actions, next_obs, ends, action_mask = rows.split(columns, dim=1)
@@ -644,12 +647,13 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float
     return returns
 
 
-def evaluate_tasks(agent, batch, progress, envs, step: int, folder: Path, log) -> None:
+def evaluate_tasks(agent, buffer, progress, envs, step: int, folder: Path, log) -> None:
     """Adds a row for each task to results.csv; they differ in the evaluation only."""
     args = agent.args
     cycle, task = divmod(progress.stretches, len(args.tasks))
     trained = {"step": step, "cycle": cycle + 1, "task/id": task}
     trained["task_trained"] = args.tasks[task]
+    batch = buffer.sample(args.batch_size, rng=torch.Generator().manual_seed(step))
     measured = measure(agent, batch, progress, step)
     progress.returns = []
     for name, env in zip(args.tasks, envs, strict=True):
@@ -704,7 +708,7 @@ def continual_metrics(rows: list[dict]) -> dict[str, dict[str, float]]:
             best = matrix[:-1, i].max()  # at the end of an earlier stretch
             metrics["forgetting"][task] = best - matrix[-1, i]
         if i > 0:
-            before = matrix[i - 1, i]  # it is trained
+            before = matrix[i - 1, i]  # at the end of the stretch before its first
             metrics["forward transfer"][task] = before - untrained[i]
     for values in metrics.values():
         values["mean"] = np.mean(list(values.values()) or math.nan)
@@ -776,8 +780,7 @@ def main() -> None:
     rounds = growth_rounds(args)
     if start == 0:
         log_masks(log, agent, step=0)
-        batch = buffer.sample(args.batch_size, rng=torch.Generator())  # nothing yet
-        evaluate_tasks(agent, batch, progress, eval_envs, 0, folder, log)
+        evaluate_tasks(agent, buffer, progress, eval_envs, 0, folder, log)
 
     # --- the loop ---
     saved = start
@@ -855,9 +858,7 @@ def main() -> None:
             for key, value in progress.losses.items():
                 log.scalar(f"losses/{key}", value, step)
         if step % args.eval_frequency == 0 or switch:
-            rng = torch.Generator().manual_seed(step)
-            batch = buffer.sample(args.batch_size, rng=rng)
-            evaluate_tasks(agent, batch, progress, eval_envs, step, folder, log)
+            evaluate_tasks(agent, buffer, progress, eval_envs, step, folder, log)
 
         # episode end, or the task's, which may cut an episode
         if step == last:

@@ -172,7 +172,6 @@ for name, fault in FAULTS.items():
 SPACES = {
     "Pixels": {"obs": Box(0, 255, (8, 8, 3), np.uint8)},
     "FlatPixels": {"obs": Box(0, 255, (64,), np.uint8)},
-    "PixelsBeside": {"obs": Dict({"image": Box(0, 255, (8, 8), np.uint8), "x": Box(-1, 1, (2,))})},
     "NoObs": {"obs": Box(-1, 1, (0,), np.float32)},
     "Text": {"obs": gym.spaces.Text(5)},
     "Integers": {"act": Box(-3, 3, (2,), np.int64)},

@@ -109,6 +109,7 @@ def test_a_transition_keeps_the_mask_of_its_task():
         assert not inputs[small][:, 2:].any() and inputs[~small].all()
     assert not batch.obs_actions[small][:, 6:].any() and batch.obs_actions[~small].all()
 
+    buffer.position = 5
     buffer.clear()
     buffer.add(np.arange(5.0), np.arange(5.0, 8), np.arange(8.0, 13), 13, True, np.eye(3)[0])
     assert (buffer.size, buffer.position) == (1, 1)

@@ -1,6 +1,5 @@
 """Continual learning: padding, action masks, growth, schedule, metrics."""
 
-import copy
 import csv
 import functools
 import math
@@ -141,19 +140,6 @@ def test_unused_action_outputs_get_no_gradient(script):
 
 
 @SCRIPTS
-def test_padded_inputs_get_no_gradient(script):
-    dense = {"initial_density": 1.0} if script is ne else {}
-    agent, buffer = make_agent(script, **dense)
-    small = rows_of(buffer.sample(64), 1)
-    actor = gradients(agent, "actor", small)[agent.actor.layers[0].weight]
-    assert actor[:, :2].any() and not actor[:, 2:].any()
-    critics = gradients(agent, "critic", small)
-    for critic in (agent.critic_1, agent.critic_2):
-        gradient = critics[critic.layers[0].weight]
-        assert gradient[:, [0, 1, 5]].any() and not gradient[:, [2, 3, 4, 6, 7]].any()
-
-
-@SCRIPTS
 def test_targets_see_only_the_actions_of_the_transition_s_task(script):
     agent, buffer = make_agent(script)
     train(agent, buffer, 20)
@@ -181,21 +167,6 @@ def test_updates_read_no_values_and_stay_on_their_device(script):
         column = torch.empty(8)
     batch = ne.Batch(rows, obs, obs_actions, obs, column, column, action, action)
     assert_updates_read_no_values(agent, batch, reads="action_mask")
-
-
-@pytest.mark.slow
-@SCRIPTS
-def test_compiled_gradients_are_those_of_the_eager_agent(script):
-    agent, buffer = make_agent(script, compile=True)
-    train(agent, buffer, 20)
-    eager = copy.deepcopy(agent)
-    script.fast_updates(agent.args, agent, buffer)
-    batch = buffer.sample(64)
-    for name in ("critic", "actor"):
-        ours = gradients(agent, name, batch).values()
-        theirs = gradients(eager, name, batch).values()
-        for a, b in zip(ours, theirs, strict=True):
-            assert torch.allclose(a, b, atol=1e-5) and (a.any() or not b.any())
 
 
 # --- growth -------------------------------------------------------------------

@@ -302,7 +302,7 @@ def test_resume_refuses_another_run_s_flags_and_another_script(whole, capsys):
         ("--clear-buffer", "--clear-buffer must be False or left out"),
     ):
         refused(capsys, f"--resume {whole} {flags}", words, module=ne)
-    refused(capsys, f"--resume {whole}", "is of another script or version", module=td3, code=1)
+    refused(capsys, f"--resume {whole}", "it is of ne_td3_continual", module=td3, code=1)
 
 
 @pytest.mark.parametrize("words", [["ne_td3_continual.py"], ["-m", "baselines.td3_continual"]])

@@ -172,29 +172,9 @@ class Content(NamedTuple):
 
     grid: list[list[tuple[str, Panel]]]  # rows of (task, panel)
     runs: Runs
-    averaged: Runs  # those of them that count for the mean
+    finished: Runs  # those of them that count for the mean, of a task that has some
     stretches: list[tuple[float, float, str]]  # of a sequence of tasks
     steps: str  # label of the x-axis
-
-
-class Pen(NamedTuple):
-    colour: str
-    style: str | tuple = "-"
-    width: float = 2.0  # points
-    bands: bool = True  # also each seed, and the spread of all
-
-
-def pens_of(place: int, count: int, panel: Panel) -> dict[str, Pen]:
-    """{column: pen} of a method: its place in the legend, from 0, and how many there are."""
-    width = 2.0 if count <= CROWD else 1.3
-    if panel.columns[0].endswith("/density"):
-        # methods of equal density: each line shows on both sides of the next one
-        width = 1.3 + (count - 1 - place)
-    bands = count <= CROWD and len(panel.columns) == 1
-    pens = {}
-    for column, style in zip(panel.columns, NETWORKS.values(), strict=False):
-        pens[column] = Pen(COLOURS[place], style, width, bands)
-    return pens
 
 
 def on_common_steps(seeds: list[Seed], column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -206,17 +186,15 @@ def on_common_steps(seeds: list[Seed], column: str) -> tuple[np.ndarray, np.ndar
     return steps, np.stack(values)
 
 
-def draw(ax, runs: list[Seed], averaged: list[Seed], column: str, pen: Pen) -> None:
-    """Thick: interquartile mean of `averaged`; shaded: its interval; faint: each run."""
+def draw(ax, runs: list[Seed], averaged: list[Seed], column: str, bands: bool, **look) -> None:
+    """Thick: interquartile mean of `averaged`; with `bands` its interval and each run, faint."""
     steps, values = on_common_steps(averaged, column)
-    look = {"color": pen.colour, "linestyle": pen.style}
-    if pen.bands and len(runs) > 1:
+    if bands and len(runs) > 1:
         for run in runs:
-            ax.plot(run["step"], run[column], linewidth=0.6, alpha=0.3, **look)
-        low, high = interval(values)
-        ax.fill_between(steps, low, high, color=pen.colour, alpha=0.15, linewidth=0)
+            ax.plot(run["step"], run[column], **look | {"linewidth": 0.6, "alpha": 0.3})
+        ax.fill_between(steps, *interval(values), color=look["color"], alpha=0.15, linewidth=0)
     marker = "o" if len(steps) == 1 else ""  # a single point is visible too
-    ax.plot(steps, iqm(values), marker=marker, linewidth=pen.width, **look)
+    ax.plot(steps, iqm(values), marker=marker, **look)
 
 
 def step_label(step: float, _: int | None = None) -> str:
@@ -226,15 +204,25 @@ def step_label(step: float, _: int | None = None) -> str:
     return f"{step:g}"
 
 
-def draw_panel(ax, content: Content, task: str, panel: Panel) -> None:
-    for place, (label, own) in enumerate(content.runs.items()):
-        averaged = content.averaged[label][task]
-        for column, pen in pens_of(place, len(content.runs), panel).items():
-            if averaged:
-                draw(ax, own[task], averaged, column, pen)
+def dress(ax) -> None:
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.xaxis.set_major_formatter(step_label)
+
+
+def draw_panel(ax, content: Content, task: str, panel: Panel) -> None:
+    count = len(content.runs)
+    bands = count <= CROWD and len(panel.columns) == 1
+    for place, (label, own) in enumerate(content.runs.items()):
+        look = {"color": COLOURS[place], "linewidth": 2.0 if count <= CROWD else 1.3}
+        if panel.columns[0].endswith("/density"):
+            # methods of equal density: each line shows on both sides of the next one
+            look["linewidth"] = 1.3 + (count - 1 - place)
+        averaged = content.finished[label][task] or own[task]
+        for column, style in zip(panel.columns, NETWORKS.values(), strict=False):
+            if averaged:
+                draw(ax, own[task], averaged, column, bands, linestyle=style, **look)
+    dress(ax)
     if panel.columns[0].endswith(SHARES):
         # shares end at 1, and so do the ticks
         bottom = min(ax.get_ylim()[0], 0.95)
@@ -263,7 +251,7 @@ def draw_stretches(ax, stretches: list, evaluated: str, named: bool) -> None:
             ax.text(middle, 1.02, task, transform=ax.get_xaxis_transform(), **style)
 
 
-def draw_grid(part, places, content: Content, fontsize: int) -> None:
+def draw_grid(part, places, content: Content, fontsize: int = 10) -> None:
     """Axes of one column share their steps."""
     grid = content.grid
     axes = np.empty((len(grid), len(grid[0])), dtype=object)
@@ -313,26 +301,19 @@ def handles_of(content: Content) -> list:
     return handles
 
 
-def picture(
-    content: Content,
-    title: str,
-    note: str,
-    widths: list[float],
-    height: float,
-    fontsize: int = 10,
-    draw_last: Callable | None = None,
-) -> Figure:
-    """The panels, inches `widths` and `height`, legend below; `draw_last` has the last column."""
+def picture(content: Content, title: str, note: str, widths: list[float], height: float, **font):
+    """Panels of these inches, the legend and a note below.
+
+    Returns: figure, and a cell as high as the panels for each width that they leave.
+    """
     figure, part = canvas(sum(widths), height, note)
     places = part.add_gridspec(len(content.grid), len(widths), width_ratios=widths)
-    draw_grid(part, places, content, fontsize)
-    if draw_last is not None:
-        draw_last(part.add_subplot(places[:, -1]))
+    draw_grid(part, places, content, **font)
     handles = handles_of(content)
     part.suptitle(title)
     ncols = min(len(handles), 3 + len(content.grid[0]))
     part.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
-    return figure
+    return figure, part, places
 
 
 # --- files --------------------------------------------------------------------

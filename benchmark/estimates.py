@@ -57,9 +57,9 @@ def interval(*tasks: np.ndarray) -> np.ndarray:
 
 def aggregate(tasks: list[np.ndarray]) -> Estimate:
     """Interquartile mean of (seeds,) of each task, NaN where one has none."""
-    if not all(map(len, tasks)):
+    if min(map(len, tasks), default=0) == 0:
         return Estimate(math.nan)
-    return Estimate(float(iqm(*tasks)), *interval(*tasks))
+    return Estimate(iqm(*tasks), *interval(*tasks))
 
 
 # --- means --------------------------------------------------------------------
@@ -120,12 +120,6 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def p_cell(p: float) -> str:
-    if math.isnan(p):
-        return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.2g}"
-
-
 def versus(
     values: dict[str, np.ndarray], reference: str, spec: str, compare=difference
 ) -> dict[str, list[str]]:
@@ -137,5 +131,6 @@ def versus(
     corrected = holm(np.array([own.p for own in compared.values()]))
     cells = {}
     for (name, own), p in zip(compared.items(), corrected, strict=True):
-        cells[name] = [format(own, spec), p_cell(p)]
+        text = "< 0.001" if p < 0.001 else f"{p:.2g}".replace("nan", "–")
+        cells[name] = [format(own, spec), text]
     return cells

@@ -10,11 +10,10 @@ import numpy as np
 
 import drawing
 import matrix
-from drawing import COLOURS, COLUMNS, Panel, markdown
-from estimates import aggregate, interval, iqm, ratio_of_spreads, versus
+from drawing import COLOURS, Panel, markdown
+from estimates import aggregate, iqm, ratio_of_spreads, versus
 
 (RETURN,) = drawing.RETURN.columns
-RATIO = drawing.RATIO.columns[0]
 FEW = 4  # fewer seeds have no interval that means 95%
 
 
@@ -53,22 +52,17 @@ def find(folders: tuple[Path, ...], run: matrix.Run) -> Path | None:
     return None
 
 
-def columns_of(figure: matrix.Figure) -> list[str]:
-    """What is read: the columns of the table and those that the figure draws."""
-    columns = [*COLUMNS]
-    for _, own in figure.panels:
-        columns += own
-    return list(dict.fromkeys(columns))
-
-
 def read(name: str, chosen: matrix.Choice, reference: str, folders: tuple[Path, ...]) -> Results:
     """Raises: SystemExit(2) where there is nothing to draw."""
     figure = matrix.FIGURES[name]
+    columns = [*drawing.COLUMNS]
+    for _, own in figure.panels:
+        columns += own
     found = []
     for run in matrix.runs_of("full", chosen.seeds, chosen.tasks, chosen.methods):
         file = find(folders, run)
         if file is not None:
-            found.append((run, drawing.read_run(file, columns_of(figure))))
+            found.append((run, drawing.read_run(file, columns)))
     if not found:
         places = ", ".join(map(str, folders))
         drawing.die(f"there are no results of {name} in {places}; make them with benchmark/run.py")
@@ -94,23 +88,24 @@ def read(name: str, chosen: matrix.Choice, reference: str, folders: tuple[Path, 
 
 
 def normalised(results: Results) -> dict[str, dict[str, np.ndarray]]:
-    """{label: {task: (seeds,)}}: final returns in those of the reference.
+    """{task: {label: (seeds,)}}: final returns in those of the reference.
 
-    Of the tasks on which every method with finished runs has some, and the reference a positive
-    return; empty without such a task.
+    Of the methods that have finished runs, and of the tasks on which all of these have some, and
+    the reference a positive return.
     """
     returns = {task: results.final(task, RETURN) for task in results.tasks}
-    scores: dict[str, dict] = {}
-    for label in results.runs:
-        if any(len(own[label]) for own in returns.values()):
-            scores[label] = {}
+    labels = [label for label in results.runs if any(results.finished[label].values())]
+    scores = {}
     for task, own in returns.items():
-        everywhere = results.reference in scores and all(len(own[label]) for label in scores)
-        if not everywhere or iqm(own[results.reference]) <= 0:
-            continue
-        for label in scores:
-            scores[label][task] = own[label] / iqm(own[results.reference])
-    return {label: own for label, own in scores.items() if own}
+        one = aggregate([own.get(results.reference, ())]).value
+        if one > 0 and all(len(own[label]) for label in labels):
+            scores[task] = {label: own[label] / one for label in labels}
+    return scores
+
+
+def scores_of(scores: dict[str, dict[str, np.ndarray]], label: str) -> list[np.ndarray]:
+    """(seeds,) of each task."""
+    return [own[label] for own in scores.values() if label in own]
 
 
 # --- words --------------------------------------------------------------------
@@ -141,8 +136,9 @@ def missing(results: Results) -> list[str]:
     return said
 
 
-def caption(results: Results, tasks: list[str]) -> str:
-    """What is shown and what is missing; `tasks` are those of the aggregate."""
+def caption(results: Results) -> str:
+    """What is shown and what is missing."""
+    tasks = list(normalised(results))  # of the bars
     crowded = len(results.runs) > drawing.CROWD
     few = results.is_few()
     if crowded:
@@ -190,7 +186,7 @@ def table(results: Results) -> str:
         line = [label]
         for task in results.tasks:
             line.append(f"{aggregate([results.final(task, RETURN)[label]]):,.0f}")
-        line.append(f"{aggregate(scores[label].values()):.2f}" if label in scores else "–")
+        line.append(f"{aggregate(scores_of(scores, label)):.2f}")
         line.append(shares(results, label, drawing.RATIO))
         line.append(shares(results, label, drawing.DENSITY))
         line.append(", ".join(str(len(runs)) for runs in results.finished[label].values()))
@@ -213,15 +209,6 @@ def differences(columns: list[tuple], reference: str) -> str:
     return markdown(head, cells.values())
 
 
-def final_differences(results: Results) -> str:
-    columns = []
-    for task in results.tasks:
-        columns.append((task, results.final(task, RETURN), "z,.0f"))  # z: no "-0"
-        ratios = results.final(task, RATIO)
-        columns.append((f"{task}, critics' active ratio", ratios, "z.2f"))
-    return differences(columns, results.reference)
-
-
 def spreads(results: Results) -> str:
     """Markdown: standard deviations of the final returns, and their ratios to the reference's.
 
@@ -239,28 +226,40 @@ def spreads(results: Results) -> str:
     return markdown(head, cells.values())
 
 
+def page_of(results: Results) -> str:
+    """All tables, and the caption."""
+    tables = [table(results)]
+    if results.reference in results.runs:
+        columns = []
+        for task in results.tasks:
+            columns.append((task, results.final(task, RETURN), "z,.0f"))  # z: no "-0"
+            ratios = results.final(task, drawing.RATIO.columns[0])
+            columns.append((f"{task}, critics' active ratio", ratios, "z.2f"))
+        tables += [differences(columns, results.reference), spreads(results)]
+    return "\n".join([*tables, f"{caption(results)}\n"])
+
+
 # --- drawing ------------------------------------------------------------------
 def draw_bar(ax, place: int, scores: list[np.ndarray], few: bool) -> None:
     """A method's aggregate with its number, and its interval or, if seeds are few, each of them."""
-    value = iqm(*scores)
-    ax.barh(place, value, color=COLOURS[place], alpha=0.4, height=0.6)
+    own = aggregate(scores)
+    ax.barh(place, own.value, color=COLOURS[place], alpha=0.4, height=0.6)
+    shown = [own.low, own.high]
     style = {"color": "black", "linewidth": 1.2, "marker": "|", "markersize": 6}
     if few:
         shown = np.concatenate(scores)
         style |= {"linewidth": 0, "marker": "o", "markersize": 3}
-    else:
-        shown = interval(*scores)
     ax.plot(shown, [place] * len(shown), **style)
     style = {"va": "center", "fontsize": 9, "textcoords": "offset points"}
-    ax.annotate(f"{value:.2f}", (0, place), (4, 0), **style)
+    ax.annotate(f"{own.value:.2f}", (0, place), (4, 0), **style)
 
 
-def draw_bars(results: Results, scores: dict[str, dict[str, np.ndarray]], ax) -> None:
+def draw_bars(ax, results: Results) -> None:
     """The aggregate, one bar per method; dots in all of them where one has few seeds."""
-    few = results.is_few()
+    scores = normalised(results)
     for place, label in enumerate(results.runs):
-        if label in scores:
-            draw_bar(ax, place, list(scores[label].values()), few)
+        if any(results.finished[label].values()):
+            draw_bar(ax, place, scores_of(scores, label), results.is_few())
         else:
             ax.text(0, place, " no finished run", va="center", fontsize=8, color="grey")
     names = [textwrap.fill(label, 18) for label in results.runs]
@@ -275,30 +274,27 @@ def content_of(results: Results) -> drawing.Content:
     """A column per task, a single one for a sequence of tasks."""
     panels = [drawing.RETURN, *drawing.apart([drawing.RATIO, drawing.DENSITY])]
     if results.figure.panels:
-        panels = [drawing.Panel(*panel) for panel in results.figure.panels]
-    averaged: drawing.Runs = {label: {} for label in results.runs}
-    for label, task in itertools.product(results.runs, results.tasks):
-        averaged[label][task] = results.finished[label][task] or results.runs[label][task]
+        panels = [Panel(*panel) for panel in results.figure.panels]
     tasks = [task for task in results.tasks if any(own[task] for own in results.runs.values())]
     grid = [[(task, panel) for task in tasks] for panel in panels]
     if results.stretches:
         grid = drawing.grid_of(tasks, panels[1:])
-    steps = results.figure.steps
-    return drawing.Content(grid, results.runs, averaged, results.stretches, steps)
+    shown = (results.runs, results.finished, results.stretches)
+    return drawing.Content(grid, *shown, results.figure.steps)
 
 
-def picture(results: Results, text: str):
+def picture(results: Results):
     content = content_of(results)
     columns = len(content.grid[0])
     widths = [4.2 if columns > 1 else 6.3] * columns  # inches
-    scores = normalised(results)
-    draw_last = None
-    if scores:
+    if normalised(results):
         widths.append(4.2)
-        draw_last = functools.partial(draw_bars, results, scores)
     height = max(2.1 * len(content.grid), 3) + 1.3
-    title = results.figure.title
-    return drawing.picture(content, title, text, widths, height, 9, draw_last)
+    title, text = results.figure.title, caption(results)
+    figure, part, places = drawing.picture(content, title, text, widths, height, fontsize=9)
+    if normalised(results):
+        draw_bars(part.add_subplot(places[:, -1]), results)
+    return figure
 
 
 def figure(
@@ -337,12 +333,8 @@ def figure(
     folders = results or (Path("runs") / chosen.length,)
     reference = reference or matrix.FIGURES[name].reference
     found = read(name, chosen, reference, folders)
-    text = caption(found, list(next(iter(normalised(found).values()), ())))
-    tables = [table(found)]
-    if found.reference in found.runs:
-        tables += [final_differences(found), spreads(found)]
-    page = "\n".join([*tables, f"{text}\n"])
-    save = functools.partial(drawing.save, picture(found, text))
+    page = page_of(found)
+    save = functools.partial(drawing.save, picture(found))
     files = {out: save, out.with_suffix(".svg"): save}
     files[out.with_suffix(".md")] = lambda file: file.write_text(page)
     drawing.write(files)

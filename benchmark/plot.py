@@ -98,12 +98,14 @@ def curves(
     steps = "environment frames" if frames else "environment steps"
     panels = [drawing.RATIO] if longest.stretches else [drawing.RATIO, drawing.DENSITY]
     grid = drawing.grid_of(longest.tasks, drawing.apart(panels) if split else panels)
-    size = (9, 2 * len(grid) + 2) if longest.stretches else (7, 2.4 * len(grid) + 0.8)
+    width, height = 7, 2.4 * len(grid) + 0.8  # inches
+    if longest.stretches:
+        width, height = 9, 2 * len(grid) + 2
     seeds: drawing.Runs = {label: {} for label in labels}
     for label, task in itertools.product(labels, longest.tasks):
         seeds[label][task] = [run.tasks[task] for run in labels[label]]
     content = drawing.Content(grid, seeds, seeds, longest.stretches, steps)
-    figure = drawing.picture(content, title, note, [size[0]], size[1])
+    figure, _, _ = drawing.picture(content, title, note, [width], height)
     files = {out: functools.partial(drawing.save, figure)}
     if svg:
         files[out.with_suffix(".svg")] = files[out]

@@ -147,9 +147,7 @@ def picture(run: drawing.Run, masks: dict[str, list[Layer]], title: str) -> Figu
     titles += ["dormant neurons (score 0)", "experience review", "evaluation return"]
     for ax, text in zip(axes.values(), titles, strict=True):
         ax.set_title(text, fontsize=10)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.xaxis.set_major_formatter(drawing.step_label)
+        drawing.dress(ax)
         ax.set_xlim(left=0)
         for line in ax.lines:
             line.set_linewidth(1.5)

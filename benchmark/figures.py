@@ -28,6 +28,10 @@ class Results(NamedTuple):
     finished: drawing.Runs  # those that are as long as the longest on their task
     stretches: list[tuple[float, float, str]]  # of a sequence of tasks: when each was trained
 
+    @property
+    def wanted(self) -> str:
+        return "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+
     def final(self, task: str, column: str) -> dict[str, np.ndarray]:
         """{label: (seeds,)}: mean of a column over the last tenth of each finished run."""
         means = {}
@@ -118,11 +122,11 @@ def missing(results: Results) -> list[str]:
             whole = len(results.finished[label][task])
             unfinished = len(own[task]) - whole
             if whole < results.seeds:
-                lacking.append(f"{label} {whole} of {results.seeds} seeds")
+                lacking.append(f"{label} {whole}")
             if unfinished:
                 lacking[-1] += f" ({unfinished} more unfinished)"
         if lacking:
-            said.append(f"{task}: {', '.join(lacking)}")
+            said.append(f"of {results.wanted} on {task}: {', '.join(lacking)}")
     absent = []
     if not results.stretches:
         absent += [task for task in results.figure.tasks if task not in results.tasks]
@@ -131,8 +135,7 @@ def missing(results: Results) -> list[str]:
     if absent:
         said.append(f"left out: {', '.join(absent)}")
     if results.seeds < matrix.SEEDS:
-        seeds = "seed" if results.seeds == 1 else "seeds"
-        said.append(f"{results.seeds} {seeds} instead of {matrix.SEEDS}")
+        said.append(f"{results.wanted} instead of {matrix.SEEDS}")
     return said
 
 

@@ -329,19 +329,15 @@ def check_picture(out: Path, ending: str = ".png", flag: str = "--out") -> None:
         die(f"{flag} must end in {ending}, got {out}")
 
 
-def settle(figure: Figure) -> None:
-    """Lays the figure out for good, at round places: the last bits differ from time to time."""
+def save(figure: Figure, file: Path) -> None:
+    """The same figure gives the same file, byte for byte."""
+    # laid out for good, at round places: the last bits differ from time to time
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for part in figure.subfigs:
         part.bbox_relative.set_points(np.round(part.bbox_relative.get_points(), 6))
     for ax in figure.get_axes():
         ax.set_position(np.round(ax.get_position().bounds, 6))
-
-
-def save(figure: Figure, file: Path) -> None:
-    """The same figure gives the same file, byte for byte."""
-    settle(figure)
     with matplotlib.rc_context({"svg.hashsalt": "same"}):
         figure.savefig(file, dpi=150, metadata={"Date": None})
 

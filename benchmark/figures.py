@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 import drawing
 import matrix
@@ -273,26 +274,22 @@ def draw_bars(ax, results: Results) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def content_of(results: Results) -> drawing.Content:
-    """A column per task, a single one for a sequence of tasks."""
+def picture(results: Results) -> Figure:
+    """A column per task, a single one for a sequence of tasks, and the bars."""
     panels = [drawing.RETURN, *drawing.apart([drawing.RATIO, drawing.DENSITY])]
     if results.figure.panels:
         panels = [Panel(*panel) for panel in results.figure.panels]
     tasks = [task for task in results.tasks if any(own[task] for own in results.runs.values())]
-    grid = [[(task, panel) for task in tasks] for panel in panels]
+    grid = [list(itertools.product(tasks, [panel])) for panel in panels]
     if results.stretches:
         grid = drawing.grid_of(tasks, panels[1:])
-    shown = (results.runs, results.finished, results.stretches)
-    return drawing.Content(grid, *shown, results.figure.steps)
-
-
-def picture(results: Results):
-    content = content_of(results)
-    columns = len(content.grid[0])
+    columns = len(grid[0])
     widths = [4.2 if columns > 1 else 6.3] * columns  # inches
     if normalised(results):
         widths.append(4.2)
-    height = max(2.1 * len(content.grid), 3) + 1.3
+    height = max(2.1 * len(grid), 3) + 1.3
+    shown = (results.runs, results.finished, results.stretches)
+    content = drawing.Content(grid, *shown, results.figure.steps)
     title, text = results.figure.title, caption(results)
     figure, part, places = drawing.picture(content, title, text, widths, height, fontsize=9)
     if normalised(results):

@@ -25,18 +25,18 @@ from estimates import estimate
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def metrics_of(labels: dict[str, list[drawing.Run]], last: float) -> dict[str, dict]:
-    """{metric: {label: (seeds,)}}, means over tasks, of the runs that are at the last step.
+def metrics_page(labels: dict[str, list[drawing.Run]], end: float) -> str:
+    """Markdown: returns and metrics of the runs that are at the last step.
 
-    Returns are those at the end, by task.
+    Means over tasks, returns also by task; and differences from the first label (Welch, Holm).
     """
     sys.path.insert(0, str(ROOT))
     from ne_td3_continual import continual_metrics  # takes seconds that other runs need not wait
 
-    values: dict[str, dict] = {}
+    values: dict[str, dict] = {}  # {metric: {label: (seeds,)}}
     for label, seeds in labels.items():
         for run in seeds:
-            if run.end < last:
+            if run.end < end:
                 continue
             metrics = continual_metrics(run.rows)
             returns = metrics["average performance"]
@@ -45,21 +45,14 @@ def metrics_of(labels: dict[str, list[drawing.Run]], last: float) -> dict[str, d
             for name, value in own.items():
                 seen = values.setdefault(name, {}).get(label, [])
                 values[name][label] = np.append(seen, value)
-    return values
-
-
-def metrics_page(values: dict[str, dict[str, np.ndarray]]) -> str:
-    """Markdown: means over seeds, and differences from the first label (Welch, Holm)."""
-    labels = list(values["average performance"])  # every metric has all of them
     rows = []
-    for label in labels:
-        seeds = [own[label] for own in values.values()]
-        cells = [f"{estimate([own]):z,.0f}" for own in seeds]  # z: no "-0"
-        rows.append([label, *cells, str(len(seeds[0]))])
+    for label, seeds in values["average performance"].items():
+        cells = [f"{estimate([own[label]]):z,.0f}" for own in values.values()]  # z: no "-0"
+        rows.append([label, *cells, str(len(seeds))])
     page = drawing.markdown(["mean, 95% interval", *values, "seeds"], rows)
-    if len(labels) > 1:
+    if len(rows) > 1:
         columns = [(name, own, "z,.0f") for name, own in values.items()]
-        page += "\n" + figures.differences(columns, labels[0])
+        page += "\n" + figures.differences(columns, rows[0][0])
     return page
 
 
@@ -110,7 +103,7 @@ def curves(
     if svg:
         files[out.with_suffix(".svg")] = files[out]
     if len(longest.stretches) >= len(longest.tasks):
-        page = metrics_page(metrics_of(labels, longest.end))
+        page = metrics_page(labels, longest.end)
         files[out.with_suffix(".md")] = lambda file: file.write_text(page)
     drawing.write(files)
 

@@ -82,8 +82,7 @@ def test_without_a_positive_reference_there_is_no_aggregate(tmp_path):
 
 
 def test_an_unfinished_run_is_drawn_but_not_averaged(partial):
-    ax = Figure().subplots()
-    drawing.draw_panel(ax, figures.content_of(read(partial)), "A-v1", drawing.RETURN)
+    ax = figures.picture(read(partial)).axes[0]
     assert len(ax.lines) == 4 + 3
     means = [line.get_ydata().tolist() for line in ax.lines if line.get_linewidth() == 2]
     assert means == [[0, 15] * 5, [0] * 9 + [30]]

@@ -43,7 +43,9 @@ class Results(NamedTuple):
 
     def is_few(self) -> bool:
         """Whether a method that has finished runs on a task has few."""
-        counts = [len(runs) for own in self.finished.values() for runs in own.values()]
+        counts = []
+        for own in self.finished.values():
+            counts += map(len, own.values())
         return min(filter(None, counts)) < FEW
 
 
@@ -279,7 +281,10 @@ def picture(results: Results) -> Figure:
     panels = [drawing.RETURN, *drawing.apart([drawing.RATIO, drawing.DENSITY])]
     if results.figure.panels:
         panels = [Panel(*panel) for panel in results.figure.panels]
-    tasks = [task for task in results.tasks if any(own[task] for own in results.runs.values())]
+    tasks = []
+    for task in results.tasks:
+        if any(own[task] for own in results.runs.values()):
+            tasks.append(task)
     grid = [list(itertools.product(tasks, [panel])) for panel in panels]
     if results.stretches:
         grid = drawing.grid_of(tasks, panels[1:])

@@ -90,7 +90,9 @@ def curves(
     frames = frames or any(run.frames for run in every)
     steps = "environment frames" if frames else "environment steps"
     panels = [drawing.RATIO] if longest.stretches else [drawing.RATIO, drawing.DENSITY]
-    grid = drawing.grid_of(longest.tasks, drawing.apart(panels) if split else panels)
+    if split:
+        panels = drawing.apart(panels)
+    grid = drawing.grid_of(longest.tasks, panels)
     width, height = 7, 2.4 * len(grid) + 0.8  # inches
     if longest.stretches:
         width, height = 9, 2 * len(grid) + 2
@@ -109,9 +111,10 @@ def curves(
 
 
 def main() -> None:
-    commands = {"topology": topology_picture.topology}
+    commands = {}
     for name in ("curves", "continual"):
         commands[name] = functools.partial(curves, out=Path(f"{name}.png"))
+    commands["topology"] = topology_picture.topology
     for name in matrix.FIGURES:
         commands[name] = functools.partial(figures.figure, name)
     tyro.extras.subcommand_cli_from_dict(commands)

@@ -351,7 +351,7 @@ def test_births_are_counted_per_round():
 @pytest.mark.parametrize(
     ("densities", "steps"),
     [
-        ([20, 35, 50, 65, 70, 80], [0, 20, 30, 50]),  # 20, 40, 60, 80, or more
+        ([20, 36, 50, 65, 70, 80], [0, 20, 30, 50]),  # 20, 40, 60, 80, or more
         ([20] * 10, [0, 30, 60, 90]),
         ([20, 30], [0, 10]),
     ],

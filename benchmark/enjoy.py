@@ -31,15 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from ne_td3_continuous import die  # noqa: E402
 
-# what a checkpoint calls its script, and the module
-SCRIPTS = {
-    "ne_td3_continuous": "ne_td3_continuous",
-    "ne_td3_continual": "ne_td3_continual",
-    "ne_drq_dmc": "ne_drq_dmc",
-    "td3_continuous": "baselines.td3_continuous",
-    "td3_continual": "baselines.td3_continual",
-    "drq_dmc": "baselines.drq_dmc",
-}
+SCRIPTS = ("td3_continuous", "td3_continual", "drq_dmc")  # baselines; NE's begin with ne_
 make = gym.make
 OPENGL = "MuJoCo needs OpenGL, on Debian: apt-get install libegl1 libgl1"
 
@@ -70,7 +62,7 @@ def read(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         policy = {key: content[key] for key in ("script", "args", "step", "results")}
         policy["parts"] = {"agent": acting_weights(content["parts"]["agent"])}
-        if policy["script"] not in SCRIPTS:
+        if policy["script"].removeprefix("ne_") not in SCRIPTS:
             raise ValueError(f"of {policy['script']}")
     except Exception as e:  # zipfile and torch raise many kinds
         reason = str(e).partition("\n")[0]
@@ -115,24 +107,26 @@ def export(policy: dict, path: Path) -> None:
 
 # --- playing ------------------------------------------------------------------
 def rebuild(policy: dict, seed: int) -> tuple:
-    """As the script makes them: its module, what acts, and the environments {task: env}."""
-    module = importlib.import_module(SCRIPTS[policy["script"]])
+    """As the script makes them: what acts, the environments {task: env}, `evaluate`."""
+    name = policy["script"]
+    ne = importlib.import_module(f"ne_{name.removeprefix('ne_')}")  # makes environments
+    module = ne if name.startswith("ne_") else importlib.import_module(f"baselines.{name}")
     args = module.Args()
     for name in vars(args).keys() & policy["args"].keys():
         setattr(args, name, policy["args"][name])
     args.seed = seed
     args.cuda = False
-    device = module.set_up(args)
-    if hasattr(module, "PixelEnv"):
-        env = module.PixelEnv(args)
+    device = ne.set_up(args)
+    if hasattr(ne, "PixelEnv"):
+        env = ne.PixelEnv(args)
         envs = {args.env_id: env}
         agent = module.Agent(args, env.n_act, 0, device)
-        player = module.Policy(agent.encoder, agent.actor)
+        player = ne.Policy(agent.encoder, agent.actor)
     else:
         if hasattr(args, "tasks"):
-            envs = dict(zip(args.tasks, module.make_envs(args.tasks), strict=True))
+            envs = dict(zip(args.tasks, ne.make_envs(args.tasks), strict=True))
         else:
-            envs = {args.env_id: module.make_env(args.env_id)}
+            envs = {args.env_id: ne.make_env(args.env_id)}
         env = next(iter(envs.values()))  # all have the same sizes
         n_obs = env.observation_space.shape[0]
         n_act = env.action_space.shape[0]
@@ -146,12 +140,12 @@ def rebuild(policy: dict, seed: int) -> tuple:
     missing = acting_weights(agent.state_dict()).keys() - weights.keys()
     if missing:
         die(f"the policy lacks {', '.join(sorted(missing))}")
-    return module, player, envs
+    return player, envs, ne.evaluate
 
 
 def play(policy: dict, options: Options) -> None:
     """Prints the return of each episode and their mean; films each task's first episode."""
-    module, player, envs = rebuild(policy, options.seed)
+    player, envs, evaluate = rebuild(policy, options.seed)
     print(described(policy))
     for task, env in envs.items():
         returns = []
@@ -160,7 +154,7 @@ def play(policy: dict, options: Options) -> None:
             if options.video is not None and n == 0:
                 path = video_path(options.video, task, len(envs))
                 stage = Camera(env, path)
-            returns += module.evaluate(player, stage, 1, options.seed + n)
+            returns += evaluate(player, stage, 1, options.seed + n)
             print(f"{task}, episode {n + 1}: return {returns[-1]:,.1f}")
             if stage is not env:
                 stage.writer.close()

@@ -3,13 +3,11 @@
 import gc
 import os
 import signal
-import threading
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # two threads per process wait for each other when cores are shared
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @pytest.fixture
@@ -29,14 +27,9 @@ def one_minute():
 @pytest.fixture(autouse=True)
 def same_process_as_before():
     rendering = os.environ.get("MUJOCO_GL")
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    excepthook = threading.excepthook
     yield
     torch.set_flush_denormal(False)
     gc.unfreeze()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    threading.excepthook = excepthook
     os.environ.pop("MUJOCO_GL", None)
     if rendering is not None:
         os.environ["MUJOCO_GL"] = rendering

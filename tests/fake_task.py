@@ -1,41 +1,42 @@
 """Tasks without a physics engine, some of which do what an environment must not do.
 
-For the state scripts, Gymnasium's ids `fake_task:Plain-v0` and so on (TASKS lists them);
-for the pixel scripts `load_task`, with the interface of dm_control's suite.
+For the state scripts, Gymnasium's ids `fake_task:Plain-v0` and so on, registered at the end of
+the first part; for the pixel scripts `load_task`, with the interface of dm_control's suite.
 """
 
+import functools
 import random
-import sys
+import time
 from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 from dm_env import StepType, TimeStep
-
-BOUNDED = gym.spaces.Box(-0.9, 0.3, (2,), np.float32)  # rescaling passes 0.3 by the last bit
+from gymnasium.spaces import Box, Dict, Discrete, Tuple
 
 
 class Plain(gym.Env):
     """A dot pushed around, episodes of 20 steps; the reward is 1 - its distance from 0.
 
-    The constructor takes no argument, not even render_mode.
+    The constructor has no render_mode.
     """
 
-    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
     length = 20
 
-    def __init__(self):
+    def __init__(self, obs=Box(-1, 1, (2,), np.float32), act=Box(-1, 1, (2,), np.float32)):  # noqa: B008
+        self.observation_space = obs
+        self.action_space = act
         self.position = np.zeros(2, dtype=np.float32)
         self.steps = 0
         self.total_steps = 0  # over all episodes
-        self.episodes = 0
+
+    def draw(self) -> np.ndarray:
+        return self.np_random.uniform(-1, 1, 2)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.position = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        self.position = self.draw().astype(np.float32)
         self.steps = 0
-        self.episodes += 1
         return self.position, {}
 
     def step(self, action):
@@ -47,165 +48,46 @@ class Plain(gym.Env):
 
 
 class SameArray(Plain):
-    """Returns the same array every time and changes it in place."""
+    """Returns the same array every time and changes it in place, from `reset` on."""
 
-    def step(self, action):
-        before = self.position
-        obs, *rest = super().step(action)
-        before[:] = obs
-        self.position = before
-        return before, *rest
+    def __init__(self):
+        super().__init__()
+        self.array = np.zeros(2, dtype=np.float32)
 
     def reset(self, **kwargs):
-        before = self.position
-        obs, info = super().reset(**kwargs)
-        before[:] = obs
-        self.position = before
-        return before, info
+        self.array[:], info = super().reset(**kwargs)
+        return self.array, info
 
-
-class Integers(Plain):
-    """Integer actions."""
-
-    action_space = gym.spaces.Box(-3, 3, (2,), np.int64)
-
-
-class IntegerObs(Plain):
-    """Integer observations."""
-
-    observation_space = gym.spaces.Box(-3, 3, (2,), np.int64)
-
-
-class NoWidth(Plain):
-    """An action whose bounds are the same."""
-
-    low = np.array([-1, 0.5], dtype=np.float32)
-    high = np.array([1, 0.5], dtype=np.float32)
-    action_space = gym.spaces.Box(low, high)
-
-
-class NoSize(Plain):
-    action_space = gym.spaces.Box(-1, 1, (0,), np.float32)
-
-
-class NoBounds(Plain):
-    action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    def step(self, action):
+        self.array[:], *rest = super().step(action)
+        return self.array, *rest
 
 
 class Strict(Plain):
     """Refuses actions that leave its bounds, by however little."""
 
-    action_space = BOUNDED
+    def __init__(self):  # rescaling passes 0.3 by the last bit
+        super().__init__(act=Box(-0.9, 0.3, (2,), np.float32))
 
     def step(self, action):
         assert (action >= self.action_space.low).all(), f"{action} is too low"
         assert (action <= self.action_space.high).all(), f"{action} is too high"
-        assert action.dtype == np.float32
         return super().step(action)
 
 
 class Faulty(Plain):
-    """Does what `fault` says at step 130 of its life, in its seventh episode."""
+    """At step 130 of its life, in its seventh episode, it returns what `fault` says."""
 
-    def step(self, action):
-        obs, reward, terminated, truncated, info = super().step(action)
-        if self.total_steps == 130:
-            obs, reward = self.fault(obs.copy(), reward)
-        return obs, reward, terminated, truncated, info
-
-
-class NaNObs(Faulty):
-    def fault(self, obs, reward):
-        obs[1] = np.nan
-        return obs, reward
-
-
-class InfiniteObs(Faulty):
-    def fault(self, obs, reward):
-        obs[1] = -np.inf
-        return obs, reward
-
-
-class LongObs(Faulty):
-    def fault(self, obs, reward):
-        return np.append(obs, 1), reward
-
-
-class NaNReward(Faulty):
-    def fault(self, obs, reward):
-        return obs, float("nan")
-
-
-class InfiniteReward(Faulty):
-    def fault(self, obs, reward):
-        return obs, float("inf")
-
-
-class TwoRewards(Faulty):
-    def fault(self, obs, reward):
-        return obs, np.array([reward, reward])
-
-
-class NoReward(Faulty):
-    def fault(self, obs, reward):
-        return obs, None
-
-
-class Raises(Faulty):
-    def fault(self, obs, reward):
-        raise ValueError("the simulation\nexploded")
-
-
-class NoNumbers(Faulty):
-    def fault(self, obs, reward):
-        return {"position": obs}, reward
-
-
-class Complex(Faulty):
-    def fault(self, obs, reward):
-        return obs + 1j, reward
-
-
-class HugeReward(Faulty):
-    """Finite, but not as float32."""
-
-    def fault(self, obs, reward):
-        return obs, 1e300
-
-
-class Exits(Faulty):
-    def fault(self, obs, reward):
-        sys.exit()
-
-
-class TwoEnds(Plain):
-    def step(self, action):
-        obs, reward, terminated, truncated, info = super().step(action)
-        if self.total_steps == 130:
-            terminated = np.array([True, False])
-        return obs, reward, terminated, truncated, info
-
-
-class RaisesInReset(Plain):
-    """Its eighth episode does not start."""
-
-    def reset(self, **kwargs):
-        if self.episodes == 7:
-            raise ValueError("no start")
-        return super().reset(**kwargs)
-
-
-class NeverStarts(Plain):
-    def reset(self, **kwargs):
-        raise ValueError("no start")
-
-
-class ArrayReward(Plain):
-    """The reward is an array of one element, as in environments of old."""
+    def __init__(self, fault: dict):
+        super().__init__()
+        self.fault = fault
 
     def step(self, action):
         obs, reward, *rest = super().step(action)
-        return obs, np.array([reward], dtype=np.float32), *rest
+        if self.total_steps == 130:
+            obs = np.array([obs[0], self.fault.get("obs", obs[1])])
+            reward = self.fault.get("reward", reward)
+        return obs, reward, *rest
 
 
 class Never(Plain):
@@ -214,23 +96,27 @@ class Never(Plain):
     length = -1
 
 
+class Slow(Plain):
+    """Takes ten milliseconds a step, so that a signal arrives within an episode."""
+
+    def step(self, action):
+        time.sleep(0.01)
+        return super().step(action)
+
+
 class OldRandom(Plain):
-    """Draws from a RandomState, as environments ported from Gym do."""
+    """Draws from a RandomState, as environments ported from Gym do; it keeps a Gaussian."""
 
-    def __init__(self):
-        super().__init__()
-        self.old = np.random.RandomState(0)
+    np_random = np.random.RandomState(0)
 
-    @property
-    def np_random(self):
-        return self.old
+    def draw(self) -> np.ndarray:
+        values = [self.np_random.randn(), *self.np_random.uniform(-1, 1, 2)]
+        return np.tanh(values[:2])
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
-            self.old = np.random.RandomState(seed)
-        self.steps = 0
-        self.position = self.old.uniform(-1, 1, 2).astype(np.float32)
-        return self.position, {}
+            self.np_random = np.random.RandomState(seed)
+        return super().reset()
 
 
 class NewRandom(Plain):
@@ -242,58 +128,61 @@ class NewRandom(Plain):
         return super().reset(seed=seed)
 
 
-class ForeignRandom(Plain):
-    """Draws from what cannot be saved."""
+class GlobalRandom(Plain):
+    """Draws from NumPy's and Python's global generators."""
 
-    np_random = random.Random(0)
-
-    def reset(self, *, seed=None, options=None):
-        return np.zeros(2, dtype=np.float32), {}
+    def draw(self) -> np.ndarray:
+        return np.array([np.tanh(np.random.randn()), random.gauss(0, 0.3)])
 
 
-class Slow(Plain):
-    """Takes ten milliseconds a step, so that a signal arrives within an episode."""
+class Parts(Plain):
+    """Its observation is a Dict with a Tuple in it, of Boxes and an integer."""
+
+    def __init__(self):
+        box = Box(-1, 1, (1,), np.float64)
+        pair = Tuple((box, Box(-1, 1, (1, 1), np.float32)))
+        super().__init__(obs=Dict({"pair": pair, "quarter": Discrete(4)}))
+
+    def in_parts(self, obs):
+        pair = (obs[:1].astype(np.float64), obs[1:, None])
+        return {"pair": pair, "quarter": np.int64(self.steps // 5 % 4)}
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return self.in_parts(obs), info
 
     def step(self, action):
-        import time
-
-        time.sleep(0.01)
-        return super().step(action)
+        obs, *rest = super().step(action)
+        return self.in_parts(obs), *rest
 
 
-TASKS = [
-    Plain,
-    SameArray,
-    Integers,
-    IntegerObs,
-    NoWidth,
-    NoSize,
-    NoBounds,
-    Strict,
-    NaNObs,
-    InfiniteObs,
-    LongObs,
-    NaNReward,
-    InfiniteReward,
-    TwoRewards,
-    NoReward,
-    Raises,
-    NoNumbers,
-    Complex,
-    HugeReward,
-    Exits,
-    TwoEnds,
-    RaisesInReset,
-    NeverStarts,
-    ArrayReward,
-    Never,
-    OldRandom,
-    NewRandom,
-    ForeignRandom,
-    Slow,
-]
+TASKS = (Plain, SameArray, Strict, Never, Slow, OldRandom, NewRandom, GlobalRandom, Parts)
 for task in TASKS:
     gym.register(f"{task.__name__}-v0", task)
+FAULTS = {
+    "NaNObs": {"obs": np.nan},
+    "InfiniteObs": {"obs": -np.inf},
+    "HugeObs": {"obs": 1e300},  # finite, but not as float32
+    "NaNReward": {"reward": float("nan")},
+    "InfiniteReward": {"reward": float("inf")},
+    "HugeReward": {"reward": 1e300},
+}
+for name, fault in FAULTS.items():
+    gym.register(f"{name}-v0", functools.partial(Faulty, fault))
+SPACES = {
+    "Pixels": {"obs": Box(0, 255, (8, 8, 3), np.uint8)},
+    "FlatPixels": {"obs": Box(0, 255, (64,), np.uint8)},
+    "NoObs": {"obs": Box(-1, 1, (0,), np.float32)},
+    "Text": {"obs": gym.spaces.Text(5)},
+    "Integers": {"act": Box(-3, 3, (2,), np.int64)},
+    "Choices": {"act": Discrete(3)},
+    "Matrix": {"act": Box(-1, 1, (2, 2), np.float32)},
+    "NoWidth": {"act": Box(np.float32([-1, 0.5]), np.float32([1, 0.5]))},
+    "NoSize": {"act": Box(-1, 1, (0,), np.float32)},
+    "NoBounds": {"act": Box(-np.inf, np.inf, (2,), np.float32)},
+}
+for name, spaces in SPACES.items():
+    gym.register(f"{name}-v0", functools.partial(Plain, **spaces))
 
 
 # --- pixels -------------------------------------------------------------------

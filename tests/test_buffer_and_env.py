@@ -1,7 +1,5 @@
 """The replay buffer, and the environment at the agent's boundary."""
 
-import sys
-
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ import torch
 
 import fake_task
 import ne_td3_continuous as ne
-from helpers import assert_one_line, in_process, load, rows, run_here, sample
+from helpers import assert_equal_runs, load, refused, rows, run_here
 
 CPU = torch.device("cpu")
 
@@ -29,14 +27,14 @@ def test_a_review_is_of_the_oldest_quarter(transitions):
     buffer = filled(100, transitions)
     kept = list(range(max(0, transitions - 100), transitions))
     oldest = kept[: max(1, int(0.25 * len(kept)))]
-    assert {int(r) for r in sample(buffer, 400, oldest=0.25).rewards} == set(oldest)
-    everything = {int(r) for r in sample(buffer, 2_000).rewards}
+    assert {int(r) for r in buffer.sample(400, oldest=0.25).rewards} == set(oldest)
+    everything = {int(r) for r in buffer.sample(2_000).rewards}
     assert everything <= set(kept)
     assert len(everything) > 0.95 * len(kept)
 
 
 def test_a_batch_is_whole_transitions_in_their_columns():
-    batch = sample(filled(100, 130), 400)
+    batch = filled(100, 130).sample(400)
     n = batch.rewards
     assert batch.rows.shape == (400, 10)
     assert batch.obs.shape == batch.next_obs.shape == (400, 3)
@@ -50,308 +48,179 @@ def test_a_batch_is_whole_transitions_in_their_columns():
     assert batch.noise.std() == pytest.approx(1, abs=0.1)
 
 
-def test_batches_are_written_in_place_and_reproducible():
+def test_a_captured_batch_takes_over_another():
     buffer = filled(100, 60)
-    batch = buffer.new_batch(400)
-    buffer.sample(batch)
-    first = batch.rows.clone()
-    address = batch.rows.data_ptr()
-    assert torch.equal(sample(filled(100, 60), 400).rows, first)
-    buffer.sample(batch)
-    assert batch.rows.data_ptr() == address
-    assert not torch.equal(batch.rows, first)
+    batch = buffer.sample(400)
+    other = buffer.sample(400)
+    assert not torch.equal(batch.rows, other.rows)
+    batch.copy_(other)
+    for one, two in zip(batch, other, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_what_ne_draws_does_not_shift_the_batches_of_updates():
     buffer = filled(100, 60)
     state = buffer.rng.get_state()
-    sample(buffer, 1_024, rng=torch.Generator().manual_seed(5))
+    buffer.sample(1_024, rng=torch.Generator().manual_seed(5))
     assert torch.equal(buffer.rng.get_state(), state)
 
 
 @pytest.mark.parametrize("transitions", [60, 100, 130])
 def test_the_state_is_the_filled_part_and_restores(transitions):
     buffer = filled(100, transitions)
-    sample(buffer)
+    buffer.sample(64)
     state = buffer.state_dict()
     held = state["filled"]
     assert len(held) == min(transitions, 100)
     assert held.untyped_storage().nbytes() == held.numel() * 4  # not the whole ring's
-    assert held.data_ptr() == buffer.data.data_ptr()  # nothing was copied
     other = filled(100, 3)
     other.load_state_dict(state)
     for one in (buffer, other):
         obs = np.full(3, -1, dtype=np.float32)
         one.add(obs, obs[:2], obs, -1, False)
-    assert torch.equal(sample(other).rows, sample(buffer).rows)
-
-
-def test_the_state_of_a_buffer_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="100 rows, got 50"):
-        filled(100, 3).load_state_dict(filled(50, 3).state_dict())
+    assert torch.equal(other.sample(64).rows, buffer.sample(64).rows)
 
 
 # --- spaces -------------------------------------------------------------------
-class Recorder(gym.Env):
-    """Asymmetric action bounds; keeps what it was asked to do."""
-
-    low = np.array([-1.0, 0.0, -8.0])
-    high = np.array([3.0, 10.0, -2.0])
-    observation_space = gym.spaces.Box(-1, 1, (3,), np.float64)
-    action_space = gym.spaces.Box(low, high, dtype=np.float64)
-
-    def __init__(self, obs=None, act=None):
-        self.seen = []
-        self.observation_space = obs or self.observation_space
-        self.action_space = act or self.action_space
-
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        return self.observation_space.sample(), {}
-
-    def step(self, action):
-        self.seen.append(action)
-        return self.observation_space.sample(), 0.0, False, False, {}
-
-
-@pytest.fixture
-def register():
-    """Registers the recorder under a fresh id with other spaces."""
-    ids = []
-
-    def new(**spaces) -> str:
-        ids.append(f"Recorder{len(ids)}-v0")
-        gym.register(ids[-1], lambda: Recorder(**spaces), disable_env_checker=True)
-        return ids[-1]
-
-    yield new
-    for env_id in ids:
-        gym.registry.pop(env_id)
-
-
-def test_asymmetric_bounds_are_rescaled(register):
-    env = ne.make_env(register(), 100)
-    env.reset(seed=0)
-    for action in ([-1, -1, -1], [0, 0, 0], [1, 1, 1], [0.5, -0.5, 0.0]):
-        env.step(np.array(action, dtype=np.float32))
-    expected = [[-1, 0, -8], [1, 5, -5], [3, 10, -2], [2, 2.5, -5]]
-    assert np.allclose(env.unwrapped.seen, expected)
-
-
-BOX = gym.spaces.Box
-BAD_SPACES = [
-    {"act": gym.spaces.Discrete(3)},
-    {"act": BOX(-np.inf, np.inf, (2,))},
-    {"act": BOX(-1, 1, (2, 2))},
-    {"act": BOX(-1, 1, (2,), np.int32)},
-    {"act": BOX(np.float32([-1, 0.5]), np.float32([1, 0.5]))},
-    {"obs": BOX(0, 255, (64, 64, 3), np.uint8)},
-    {"obs": gym.spaces.Dict({"a": BOX(-1, 1, (3,))})},
-    {"obs": gym.spaces.Discrete(5)},
-]
-
-
-@pytest.mark.parametrize("spaces", BAD_SPACES, ids=str)
-def test_other_spaces_are_refused(register, capsys, spaces):
-    with pytest.raises(SystemExit) as stop:
-        ne.make_env(register(**spaces), 100)
-    assert stop.value.code == 2
-    [space] = spaces.values()
-    assert_one_line(capsys.readouterr().err, "--env-id must have", str(space))
-
-
-# --- what an environment does -------------------------------------------------
+# Updates from 61 on, checkpoints at 40, 80, ...
 TINY = (
-    "--learning-starts 60 --total-timesteps 200 --actor-hidden 8 8 --critic-hidden 8 8 "
-    "--batch-size 8 --buffer-size 200 --eval-frequency 110 --eval-episodes 1 "
-    "--checkpoint-frequency 40 --no-cuda "
+    "--learning-starts 60 --total-timesteps 160 --actor-hidden 8 --critic-hidden 8 "
+    "--batch-size 8 --buffer-size 160 --grow-interval 40 --eval-frequency 110 "
+    "--eval-episodes 1 --checkpoint-frequency 40 --no-cuda "
 )
 
 
-def run(capsys, folder, task: str, flags: str = "") -> tuple[int, str]:
-    """A run of 200 steps here, saved after the end of episodes: (exit code, stderr)."""
-    arguments = f"{TINY} --env-id fake_task:{task}-v0 --run-dir {folder} {flags}"
-    code = run_here(arguments)
-    return code, capsys.readouterr().err
+def run(folder, task: str, flags: str = "", **options) -> int:
+    return run_here(f"{TINY} --env-id fake_task:{task}-v0 --run-dir {folder} {flags}", **options)
 
 
-FAULTS = [
-    ("NaNObs", "observation"),
-    ("InfiniteObs", "observation"),
-    ("LongObs", "observation has shape (3,), not (2,)"),
-    ("NaNReward", "reward is nan"),
-    ("InfiniteReward", "reward is inf"),
-    ("TwoRewards", "size 1"),
-    ("NoReward", "reward"),
-    ("Raises", "exploded"),
-    ("NoNumbers", "observation is not made of floats"),
-    ("Complex", "observation is not made of floats"),
-    ("HugeReward", "reward is 1e+300"),
-    ("Exits", "SystemExit in step"),
-    ("TwoEnds", "ambiguous"),
-]
+def test_actions_are_rescaled_to_asymmetric_bounds():
+    space = gym.spaces.Box(np.array([-1.0, 0, -8]), np.array([3.0, 10, -2]), dtype=np.float64)
+    seen = []
+
+    class Recorder(fake_task.Plain):
+        def step(self, action):
+            seen.append(action)
+            return super().step(action[:2])
+
+    gym.register("Recorder-v0", lambda: Recorder(act=space))
+    env = ne.make_env("Recorder-v0")
+    gym.registry.pop("Recorder-v0")
+    assert env.action_space.shape == (3,)
+    env.reset(seed=0)
+    for action in ([-1, -1, -1], [0, 0, 0], [1, 1, 1], [0.5, -0.5, 0.0]):
+        env.step(np.array(action, dtype=np.float32))
+    assert np.allclose(seen, [[-1, 0, -8], [1, 5, -5], [3, 10, -2], [2, 2.5, -5]])
 
 
-@pytest.mark.parametrize(("task", "words"), FAULTS, ids=[task for task, _ in FAULTS])
-def test_a_fault_of_the_environment_stops_the_run_at_its_step(
-    task, words, tmp_path, monkeypatch, capsys
-):
-    """In one line, before it is stored; the line says how to continue."""
-    stored = []
-    add = ne.ReplayBuffer.add
-
-    def noted(buffer, obs, action, next_obs, reward, terminated):
-        stored.append([*obs, *action, *next_obs, reward])
-        add(buffer, obs, action, next_obs, reward, terminated)
-
-    monkeypatch.setattr(ne.ReplayBuffer, "add", noted)
-    code, err = run(capsys, tmp_path / "run", task)
-    assert code == 1
-    kept = f"--resume {tmp_path / 'run'} continues from step 120"
-    assert_one_line(err, f"fake_task:{task}-v0", words, "at step 130", kept)
-    assert len(stored) == 129
-    assert np.isfinite(stored).all()
-    checkpoint = load(tmp_path / "run")
-    assert checkpoint["step"] == 120
-    assert checkpoint["parts"]["buffer"]["filled"].isfinite().all()
-
-
-def test_an_episode_that_does_not_start_stops_the_run(tmp_path, monkeypatch, capsys):
-    code, err = run(capsys, tmp_path / "run", "RaisesInReset")
-    assert code == 1
-    assert_one_line(err, "RaisesInReset", "no start", "--resume continues the last checkpoint")
-    assert load(tmp_path / "run")["step"] == 120
-
-
-def test_a_fault_in_an_evaluation_stops_the_run(tmp_path, monkeypatch, capsys):
-    """Seven episodes of 20 steps at step 80: step 130 of the evaluation is in the last."""
-    flags = "--eval-frequency 80 --eval-episodes 7"
-    code, err = run(capsys, tmp_path / "run", "NaNObs", flags)
-    assert code == 1
-    assert_one_line(err, "NaNObs", "observation", "--resume continues the last checkpoint")
-    assert load(tmp_path / "run")["step"] == 40
-
-
-def test_an_environment_that_never_starts(tmp_path, monkeypatch, capsys):
-    code, err = run(capsys, tmp_path / "run", "NeverStarts")
-    assert code in (1, 2)
-    assert_one_line(err, "NeverStarts", "no start")
-
-
-@pytest.mark.parametrize("task", ["Integers", "IntegerObs", "NoWidth", "NoBounds", "NoSize"])
-def test_actions_that_are_no_floats_or_have_no_width_or_size(task, tmp_path, monkeypatch, capsys):
-    code, err = run(capsys, tmp_path / "run", task)
-    assert code == 2
-    assert_one_line(err, "--env-id must have")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("task", ["Strict", "ArrayReward"])
-def test_unusual_environments_run(task, tmp_path, monkeypatch, capsys):
-    """Actions never leave the bounds by the last bit; a reward may be an array of one."""
-    code, err = run(capsys, tmp_path / "run", task)
-    assert code == 0, err
-    assert len(rows(tmp_path / "run")) == 2
-
-
-def test_the_largest_action_stays_within_the_bounds():
+def test_actions_stay_within_the_bounds_to_the_last_bit():
     """Rescaled to [-0.9, 0.3], 1 becomes 0.30000007 before it is clipped."""
-    env = ne.make_env("fake_task:Strict-v0", 100)
+    env = ne.make_env("fake_task:Strict-v0")
     env.reset(seed=0)
     for action in (-1, 1):
         env.step(np.full(2, action, dtype=np.float32))  # raises outside
 
 
-def test_the_memory_of_the_environment_is_not_stored(tmp_path, monkeypatch, capsys):
-    """An environment that changes its array in place gives the run of one that does not."""
-    for task in ("Plain", "SameArray"):
-        code, err = run(capsys, tmp_path / task, task)
-        assert code == 0, err
-    plain = (tmp_path / "Plain" / "results.csv").read_bytes()
-    assert (tmp_path / "SameArray" / "results.csv").read_bytes() == plain
-
-
-def test_an_environment_that_never_ends_is_cut_off(tmp_path, monkeypatch, capsys):
-    """Evaluations end, the run ends, and a cut is no terminal state."""
-    ends = []
-    add = ne.ReplayBuffer.add
-
-    def noted(buffer, *transition):
-        ends.append(transition[-1])
-        add(buffer, *transition)
-
-    monkeypatch.setattr(ne.ReplayBuffer, "add", noted)
-    code, err = run(capsys, tmp_path / "run", "Never", "--max-episode-steps 30")
-    assert code == 0, err
-    assert load(tmp_path / "run")["finished"]
-    assert len(ends) == 200
-    assert not any(ends)
-    returns = [float(row["charts/episodic_return"]) for row in rows(tmp_path / "run")]
-    assert all(-60 < value < 60 for value in returns)  # of episodes of 30 steps
-
-
-def test_an_environment_whose_random_state_cannot_be_saved(tmp_path, monkeypatch, capsys):
-    code, err = run(capsys, tmp_path / "run", "ForeignRandom")
-    assert code == 1
-    assert_one_line(err, "ForeignRandom-v0: np_random must be NumPy's, got Random")
+@pytest.mark.parametrize("name", [*fake_task.SPACES, "Nope"])
+def test_tasks_that_do_not_fit_are_refused(name, tmp_path, capsys):
+    task = f"fake_task:{name}-v0"
+    flags = f"{TINY} --env-id {task} --run-dir {tmp_path / 'run'}"
+    refused(capsys, flags, name, *map(str, fake_task.SPACES.get(name, {}).values()))
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("task", ["OldRandom", "NewRandom"])
-def test_an_environment_of_another_kind_of_random_state(task, tmp_path, monkeypatch, capsys):
-    """np_random is a RandomState, or made anew: saved, and the run resumes exactly."""
-    code, err = run(capsys, tmp_path / "whole", task)
-    assert code == 0, err
+@pytest.mark.parametrize(
+    ("task", "word"),
+    [("HalfCheeta-v5", "HalfCheetah"), ("no_such_module:Task-v0", "no_such_module")],
+)
+def test_unknown_tasks_are_refused(task, word, tmp_path, capsys):
+    refused(capsys, f"--env-id {task} --run-dir {tmp_path / 'run'}", task, word)
 
-    def stop(buffer, *transition):
-        add(buffer, *transition)
-        if buffer.size == 95:
-            raise KeyboardInterrupt
 
-    add = ne.ReplayBuffer.add
-    with monkeypatch.context() as patch:
-        patch.setattr(ne.ReplayBuffer, "add", stop)
-        code, _ = run(capsys, tmp_path / "run", task)
-    assert code == 130
+def test_the_observations_of_a_dictionary_are_one_vector():
+    env = ne.make_env("fake_task:Parts-v0")
+    obs, _ = env.reset(seed=0)
+    assert env.observation_space.shape == obs.shape == (6,)
+    for _ in range(7):
+        obs, *_ = env.step(np.ones(2, dtype=np.float32))
+    assert np.allclose(obs[:2], env.unwrapped.position)
+    assert obs[2:].tolist() == [0, 1, 0, 0]  # the second quarter of an episode
+
+
+# --- what an environment does -------------------------------------------------
+@pytest.mark.parametrize("task", fake_task.FAULTS)
+def test_a_number_that_is_not_finite_stops_the_run_before_it_is_stored(task, tmp_path, capsys):
+    [part] = fake_task.FAULTS[task]
+    name = {"obs": "observation"}.get(part, part)
+    flags = f"{TINY} --env-id fake_task:{task}-v0 --run-dir {tmp_path / 'run'}"
+    refused(capsys, flags, f"the {name} is NaN or infinite at step 130", "--resume", code=1)
+    checkpoint = load(tmp_path / "run")
+    assert checkpoint["step"] == 120
+    assert checkpoint["parts"]["buffer"]["filled"].isfinite().all()
+
+
+def test_an_exception_of_the_environment_is_its_own(tmp_path, monkeypatch):
+    def explode(*_):
+        raise ValueError("the simulation exploded")
+
+    monkeypatch.setattr(fake_task.Plain, "step", explode)
+    with pytest.raises(ValueError, match="exploded"):
+        run(tmp_path / "run", "Plain")
+
+
+def test_observations_that_change_in_place_are_copied(tmp_path):
+    """An environment that changes its array in place gives the run of one that does not."""
+    for task in ("Plain", "SameArray"):
+        assert run(tmp_path / task, task, due={81: "SIGTERM"}) == 0
+    one, two = [load(tmp_path / task)["parts"] for task in ("Plain", "SameArray")]
+    assert torch.equal(one["buffer"]["filled"], two["buffer"]["filled"])
+
+
+def test_an_environment_without_a_limit_gets_one(tmp_path, monkeypatch):
+    """Of 10,000 steps, which are no terminal state."""
+    env = ne.make_env("fake_task:Never-v0")
+    env.reset(seed=0)
+    action = np.zeros(2, dtype=np.float32)
+    for _ in range(9_999):
+        assert env.step(action)[2:4] == (False, False)
+    assert env.step(action)[2:4] == (False, True)
+    limited = ne.make_env("Pendulum-v1")
+    limited.reset(seed=0)
+    ends = [limited.step(action[:1])[3] for _ in range(200)]
+    assert ends == [False] * 199 + [True]
+
+
+def test_a_time_limit_is_stored_as_no_end(tmp_path):
+    """Plain's episodes terminate after 20 steps, Pendulum's are cut off after 200."""
+    assert run(tmp_path / "plain", "Plain", due={81: "SIGTERM"}) == 0
+    flags = f"{TINY} --env-id Pendulum-v1 --total-timesteps 300 --buffer-size 300 "
+    assert run_here(f"{flags} --run-dir {tmp_path / 'cut'}", due={161: "SIGTERM"}) == 0
+    ends = load(tmp_path / "plain")["parts"]["buffer"]["filled"][:, -1]
+    assert ends.nonzero().flatten().tolist() == [19, 39, 59, 79, 99]
+    cut = load(tmp_path / "cut")
+    assert cut["step"] == 200
+    assert not cut["parts"]["buffer"]["filled"][:, -1].any()
+
+
+@pytest.mark.parametrize("task", ["OldRandom", "NewRandom", "GlobalRandom", "Parts"])
+def test_other_generators_are_seeded_and_resume_exactly(task, tmp_path):
+    """Also the second of two Gaussians, which a RandomState keeps for later."""
+    whole = tmp_path / "whole"
+    assert run(whole, task) == 0
+    assert run(tmp_path / "run", task, due={95: "SIGKILL"}) == -9
     assert load(tmp_path / "run")["step"] == 80
     assert run_here(f"--resume {tmp_path / 'run'}") == 0
-    whole = (tmp_path / "whole" / "results.csv").read_bytes()
-    assert (tmp_path / "run" / "results.csv").read_bytes() == whole
-
-
-@pytest.mark.parametrize("name", ["observation_space", "action_space"])
-def test_an_environment_without_spaces(name, monkeypatch, capsys):
-    env = fake_task.Plain()
-    monkeypatch.setattr(ne.gym, "make", lambda env_id: env)
-    monkeypatch.delattr(fake_task.Plain, name)
-    code, err = in_process(monkeypatch, capsys, "--env-id fake_task:Plain-v0")
-    assert code == 2
-    assert_one_line(err, "--env-id: cannot make", name)
-
-
-def test_an_id_that_does_not_exist(monkeypatch, capsys):
-    for env_id, words in (
-        ("HalfCheeta-v5", "HalfCheetah"),
-        ("no_such_module:Task-v0", "no_such_module"),
-        ("fake_task:Nope-v0", "Nope"),
-    ):
-        code, err = in_process(monkeypatch, capsys, f"--env-id {env_id}")
-        assert code == 2
-        assert_one_line(err, "--env-id", words)
-
-
-def test_an_environment_whose_package_is_missing(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "Box2D", None)
-    code, err = in_process(monkeypatch, capsys, "--env-id BipedalWalker-v3")
-    assert code == 2
-    assert_one_line(err, "--env-id: cannot make BipedalWalker-v3", "ox2d")
+    assert_equal_runs(whole, tmp_path / "run")
+    assert run(tmp_path / "other", task, "--seed 2") == 0
+    returns = [rows(folder)[0]["charts/episodic_return"] for folder in (whole, tmp_path / "other")]
+    assert returns[0] != returns[1]
 
 
 # --- evaluation ---------------------------------------------------------------
 def test_evaluation_is_deterministic_and_has_its_own_starts():
     torch.manual_seed(0)
     actor = ne.Actor([3, 16, 1], layer_norm=False)
-    env = ne.make_env("Pendulum-v1", 1_000)
+    env = ne.make_env("Pendulum-v1")
     returns = ne.evaluate(actor, env, 3, seed=7)
     assert returns == ne.evaluate(actor, env, 3, seed=7)
     assert len(set(returns)) == 3
@@ -375,3 +244,6 @@ def test_the_tasks_of_these_tests_are_as_they_say():
     again, *_ = env.step(np.ones(2, dtype=np.float32))
     assert again is obs
     assert not np.array_equal(obs, before)
+    old = fake_task.OldRandom()
+    old.reset(seed=0)
+    assert old.np_random.get_state()[3]  # a Gaussian is kept

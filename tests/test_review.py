@@ -1,6 +1,4 @@
-"""Experience review and NE's random draws in whole runs."""
-
-import sys
+"""Experience review, the replay ratio and NE's random draws in whole runs."""
 
 import pytest
 import torch
@@ -9,45 +7,37 @@ import fake_task
 import ne_drq_dmc
 import ne_td3_continual
 import ne_td3_continuous as ne
-from helpers import assert_equal, load, rows
+from helpers import assert_equal, count_calls, load, rows, run_here
 
 ALL = (
-    "--batch-size 8 --eval-frequency 200 --eval-episodes 1 --no-cuda "
+    "--batch-size 8 --eval-frequency 200 --eval-episodes 1 --no-cuda --grow-interval 50 "
     # the threshold is the last reduction, mostly 0
     "--review-interval 10 --review-floor 0 --review-decay 1 "
 )
 TD3 = "--learning-starts 60 --actor-hidden 8 --critic-hidden 8 "
-PIXELS = (
-    "--total-timesteps 400 --learning-starts 60 --frame-size 16 --channels 4 --hidden-dim 16 "
-    "--grow-interval 100 "
-)
-SCRIPTS = [
-    (ne, f"{TD3} --env-id fake_task:Plain-v0 --total-timesteps 200 "),
-    (
-        ne_td3_continual,
-        f"{TD3} --tasks fake_task:Plain-v0 --cycles 1 --steps-per-task 200 ",
-    ),
-    (ne_drq_dmc, PIXELS),
-]
-
-
-def run(monkeypatch, folder, flags: str, module=ne) -> None:
-    arguments = f"{flags} --run-dir {folder}"
-    monkeypatch.setattr(sys, "argv", [module.__file__, *arguments.split()])
-    module.main()
+TINY = f"{TD3} {ALL} --env-id fake_task:Plain-v0 --total-timesteps 200 --buffer-size 250 "
+SCRIPTS = {
+    ne: TINY,
+    ne_td3_continual: f"{TD3} {ALL} --tasks fake_task:Plain-v0 --cycles 1 --steps-per-task 200 "
+    "--buffer-size 250 ",
+    ne_drq_dmc: f"{ALL} --total-timesteps 400 --learning-starts 60 --frame-size 16 --channels 4 "
+    "--hidden-dim 16 --buffer-size 500 ",
+}
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """Notes how batches are drawn, of a script's buffer: (oldest share, batch, generator)."""
+    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
     notes = []
 
     def install(module=ne) -> list:
         sample = module.ReplayBuffer.sample
 
-        def noted(buffer, batch, oldest=1.0, rng=None):
+        def noted(buffer, size, oldest=1.0, rng=None):
+            batch = sample(buffer, size, oldest, rng)
             notes.append((oldest, batch, rng))
-            return sample(buffer, batch, oldest, rng)
+            return batch
 
         monkeypatch.setattr(module.ReplayBuffer, "sample", noted)
         return notes
@@ -55,92 +45,49 @@ def drawn(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize(
-    ("script", "flags"), SCRIPTS, ids=[script.__name__ for script, _ in SCRIPTS]
-)
-def test_reviews_are_drawn_from_the_oldest_share_and_other_batches_from_all(
-    script, flags, tmp_path, monkeypatch, drawn
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_reviews_are_of_the_oldest_share_and_what_ne_looks_at_is_uniform(
+    script, tmp_path, monkeypatch, drawn
 ):
-    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
+    """Dormant neurons are counted on 1,024 transitions, ReDo's found on a batch, both NE's own."""
     notes = drawn(script)
-    flags = f"{flags} {ALL} --review-fraction 0.3 --buffer-size 500"
-    run(monkeypatch, tmp_path / "run", flags, script)
+    redo = script.redo
+    of_redo = []
+
+    def noted_redo(agent, batch):
+        _, drawn_last, rng = notes[-1]
+        of_redo.append(rng is agent.rng and batch is drawn_last)
+        redo(agent, batch)
+
+    counted = []
+    dormant_neurons = script.topology.dormant_neurons
+
+    def noted_dormant(hidden, tau):
+        if tau == 0.3:
+            counted.append({len(h) for h in hidden})
+        return dormant_neurons(hidden, tau)
+
+    monkeypatch.setattr(script, "redo", noted_redo)
+    monkeypatch.setattr(script.topology, "dormant_neurons", noted_dormant)
+    calls = count_calls(monkeypatch, script, "review_threshold")
+    flags = "--review-fraction 0.3 --redo-interval 5 --review-tau 0.3"
+    folder = tmp_path / "run"
+    assert run_here(f"{SCRIPTS[script]} {flags} --run-dir {folder}", script) == 0
     shares = [oldest for oldest, _, rng in notes if rng is None]  # for updates
     assert set(shares) == {0.3, 1.0}
     assert shares[0] == 1.0
-    share = float(rows(tmp_path / "run")[-1]["ne/review_share"])
-    assert share == shares.count(0.3) / len(shares)
-    # what NE looks at is uniform, with its own generator
+    assert float(rows(folder)[-1]["ne/review_share"]) == shares.count(0.3) / len(shares)
     assert {oldest for oldest, _, rng in notes if rng is not None} == {1.0}
+    assert len(of_redo) == len(shares) // 5 and all(of_redo)
+    assert calls["review_threshold"] == len(shares) // 10
+    assert counted == [{1_024}] * (len(shares) // 10)
 
 
-@pytest.mark.parametrize(
-    ("script", "flags"), SCRIPTS, ids=[script.__name__ for script, _ in SCRIPTS]
-)
-def test_redo_looks_at_a_uniform_batch_by_nes_generator(
-    script, flags, tmp_path, monkeypatch, drawn
-):
-    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
-    notes = drawn(script)
-    redo = script.redo
-    looked_at = []
-
-    def noted(args, agent, batch):
-        oldest, drawn_last, rng = notes[-1]
-        looked_at.append((oldest, rng is agent.ne_rng, batch is drawn_last))
-        redo(args, agent, batch)
-
-    monkeypatch.setattr(script, "redo", noted)
-    run(monkeypatch, tmp_path / "run", f"{flags} {ALL} --redo-interval 5", script)
-    assert len(looked_at) > 5
-    assert set(looked_at) == {(1.0, True, True)}
-
-
-TINY = f"{TD3} --env-id fake_task:Plain-v0 --total-timesteps 200 --buffer-size 150 {ALL}"
-
-
-def test_dormant_neurons_are_counted_on_1024_transitions_by_nes_generator(
-    tmp_path, monkeypatch, drawn
-):
+@pytest.mark.parametrize("rule", ["slope", "level"])
+def test_a_floor_of_1_turns_reviews_off(rule, tmp_path, drawn):
     notes = drawn()
-    agents = []
-    build = ne.Agent.__init__
-
-    def noted(agent, *args):
-        build(agent, *args)
-        agents.append(agent)
-
-    monkeypatch.setattr(ne.Agent, "__init__", noted)
-    counts = []
-    review_threshold = ne.review_threshold
-
-    def counted(args, progress, dormant, neurons):
-        counts.append((dormant, neurons))
-        return review_threshold(args, progress, dormant, neurons)
-
-    looked_at = []
-    dormant_neurons = ne.topology.dormant_neurons
-
-    def noted_dormant(hidden, tau):
-        looked_at.append((tau, {len(h) for h in hidden}))
-        return dormant_neurons(hidden, tau)
-
-    monkeypatch.setattr(ne, "review_threshold", counted)
-    monkeypatch.setattr(ne.topology, "dormant_neurons", noted_dormant)
-    run(monkeypatch, tmp_path / "run", TINY)
-    [agent] = agents
-    own = [len(batch[0]) for _, batch, rng in notes if rng is agent.ne_rng]
-    assert own.count(1_024) == len(counts) == 140 // 10
-    assert [sizes for tau, sizes in looked_at if tau == 0.1] == [{1_024}] * len(counts)
-    assert {neurons for _, neurons in counts} == {16}
-    assert all(0 <= dormant <= 16 for dormant, _ in counts)
-
-
-@pytest.mark.parametrize(("rule", "floor"), [("slope", 1), ("level", 1)])
-def test_a_floor_of_1_turns_reviews_off(rule, floor, tmp_path, monkeypatch, drawn):
-    notes = drawn()
-    flags = f"{TINY} --review-rule {rule} --review-floor {floor}"
-    run(monkeypatch, tmp_path / "run", flags)
+    flags = f"{TINY} --review-rule {rule} --review-floor 1"
+    assert run_here(f"{flags} --run-dir {tmp_path / 'run'}") == 0
     assert {oldest for oldest, _, rng in notes if rng is None} == {1.0}
     for row in rows(tmp_path / "run"):
         assert (float(row["ne/review_epsilon"]), float(row["ne/review_share"])) == (1, 0)
@@ -150,63 +97,65 @@ def test_the_level_rule_reviews_with_the_dormant_share(tmp_path, monkeypatch):
     """With half of the neurons dormant, half of the batches are reviews."""
     monkeypatch.setattr(ne.topology, "dormant_neurons", lambda hidden, tau: [(0, 0)] * 8)
     flags = f"{TINY} --review-rule level --total-timesteps 400 --no-prune"
-    run(monkeypatch, tmp_path / "run", flags)
+    assert run_here(f"{flags} --run-dir {tmp_path / 'run'}") == 0
     last = rows(tmp_path / "run")[-1]
     assert float(last["ne/review_epsilon"]) == 0.5
     assert float(last["ne/review_share"]) == pytest.approx(0.5, abs=0.12)
 
 
-# --- losses -------------------------------------------------------------------
-def test_losses_and_values_are_of_uniform_batches_only(tmp_path, monkeypatch):
-    last = {"review": False}
-    uniform = {}
-    sample = ne.ReplayBuffer.sample
-    update_critic = ne.Agent.update_critic
+# --- replay ratio -------------------------------------------------------------
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+def test_updates_and_what_counts_them_follow_the_replay_ratio(ratio, tmp_path, monkeypatch):
+    names = ("review_threshold", "redo", "reset", "topology_round")
+    calls = count_calls(monkeypatch, ne, *names)
+    flags = f"{TINY} --replay-ratio {ratio} --redo-interval 20 --reset-interval 40"
+    assert run_here(f"{flags} --run-dir {tmp_path / 'run'}") == 0
+    parts = load(tmp_path / "run")["parts"]
+    assert parts["progress"]["updates"] == 140 * ratio
+    counts = [140 * ratio // 10, 140 * ratio // 20, 4, 2]  # the last two count steps
+    assert [calls[name] for name in names] == counts
+    # since the last reset at step 160
+    steps = [optimizer["state"][0]["step"] for optimizer in parts["optimizers"]]
+    assert steps == [20 * ratio, 40 * ratio]
 
-    def noted_sample(buffer, batch, oldest=1.0, rng=None):
-        if rng is None:
-            last["review"] = oldest < 1
-        return sample(buffer, batch, oldest, rng)
+
+# --- losses -------------------------------------------------------------------
+def test_losses_and_values_are_of_uniform_batches_only(tmp_path, monkeypatch, drawn):
+    notes = drawn()
+    last = {}  # of a uniform batch
+    expected = []
+    update_critic = ne.Agent.update_critic
+    measure = ne.measure
 
     def noted_update(agent, batch):
         loss, mean_q = update_critic(agent, batch)
-        if last["review"]:
-            reviews.append(None)
-        else:
-            uniform.update(qf_loss=loss.item(), qf_values=mean_q.item())
+        review = [oldest < 1 for oldest, _, rng in notes if rng is None][-1]
+        if not review:
+            last.update(qf_loss=loss.item(), qf_values=mean_q.item())
+        last["review"] = review
         return loss, mean_q
 
-    expected = []
-    reviews = []
-    measure = ne.measure
-
     def noted_measure(*args):
-        expected.append((last["review"], dict(uniform)))
+        expected.append(dict(last))
         return measure(*args)
 
-    monkeypatch.setattr(ne.ReplayBuffer, "sample", noted_sample)
     monkeypatch.setattr(ne.Agent, "update_critic", noted_update)
     monkeypatch.setattr(ne, "measure", noted_measure)
     flags = f"{TINY} --eval-frequency 7 --review-decay 0.2"
-    run(monkeypatch, tmp_path / "run", flags)
-    assert len(reviews) > 20
-    after_review = 0
-    for row, (review, losses) in zip(rows(tmp_path / "run"), expected, strict=True):
-        if losses:
-            assert float(row["losses/qf_loss"]) == losses["qf_loss"]
-            assert float(row["losses/qf_values"]) == losses["qf_values"]
-            after_review += review
-    assert after_review > 3  # rows written right after a review show the batch before it
+    assert run_here(f"{flags} --run-dir {tmp_path / 'run'}") == 0
+    results = rows(tmp_path / "run")[9:]  # after the first update
+    for row, losses in zip(results, expected[9:], strict=True):
+        assert float(row["losses/qf_loss"]) == losses["qf_loss"]
+        assert float(row["losses/qf_values"]) == losses["qf_values"]
+    # rows written right after a review show the batch before it
+    assert sum(losses["review"] for losses in expected[9:]) > 3
 
 
 # --- NE's draws do not shift exploration and batches --------------------------
 OTHER_DRAWS = [
     "--initial-density 1 --review-floor 1",
-    "--growth random --grow-interval 17",
-    "--growth none --no-prune",
-    "--review-interval 3",
-    "--redo-interval 20 --redo-tau 0.5",
-    "--reset-interval 90",
+    "--growth random --grow-interval 17 --review-interval 3",
+    "--growth none --no-prune --redo-interval 20 --redo-tau 0.5 --reset-interval 90",
 ]
 
 
@@ -221,9 +170,10 @@ def random_states(monkeypatch, folder, flags: str) -> dict:
 
     with monkeypatch.context() as patch:
         patch.setattr(ne.ReplayBuffer, "__init__", noted)
-        run(patch, folder, flags)
+        assert run_here(f"{TINY} {flags} --run-dir {folder}") == 0
     parts = load(folder)["parts"]
-    states = {name: parts[name] for name in ("noise_rng", "env_rng", "ne_rng")}
+    names = ("noise_rng", "env_rngs", "agent_rng", "numpy_rng", "python_rng")
+    states = {name: parts[name] for name in names}
     states["batches"] = buffers[0].rng.get_state()
     states["torch"] = torch.get_rng_state()
     states["first"] = buffers[0].data[:60]  # before the first update
@@ -231,10 +181,9 @@ def random_states(monkeypatch, folder, flags: str) -> dict:
 
 
 def test_what_ne_draws_shifts_neither_exploration_nor_batches(tmp_path, monkeypatch):
-    usual = random_states(monkeypatch, tmp_path / "usual", TINY + "--buffer-size 250")
-    ne_draws = usual.pop("ne_rng")
+    usual = random_states(monkeypatch, tmp_path / "usual", "")
+    ne_draws = usual.pop("agent_rng")
     for n, flags in enumerate(OTHER_DRAWS):
-        folder = tmp_path / str(n)
-        states = random_states(monkeypatch, folder, f"{TINY} --buffer-size 250 {flags}")
-        assert not torch.equal(states.pop("ne_rng"), ne_draws)
+        states = random_states(monkeypatch, tmp_path / str(n), flags)
+        assert not torch.equal(states.pop("agent_rng"), ne_draws)
         assert_equal(states, usual)

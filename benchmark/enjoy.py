@@ -12,7 +12,6 @@ draws from random or np.random, do not: they repeat themselves, but not that row
 
 import csv
 import importlib
-import io
 import math
 import os
 import sys
@@ -77,9 +76,9 @@ def acting_weights(agent: dict) -> dict:
     """
     weights = {}
     for name, value in agent.items():
-        part, *_, kind = name.split(".")
-        of_topology = kind in ("mask", "bound") or isinstance(value, dict)
-        if part in ("actor", "encoder") and not of_topology:
+        acts = name.startswith(("actor.", "encoder."))
+        of_topology = name.endswith((".mask", ".bound")) or isinstance(value, dict)
+        if acts and not of_topology:
             weights[name] = value
     return weights
 
@@ -88,7 +87,7 @@ def described(policy: dict) -> str:
     """One line: script, seed, step and the returns of the last evaluation."""
     args = policy["args"]
     returns = {}
-    for row in csv.DictReader(io.StringIO(policy["results"].decode())):
+    for row in csv.DictReader(policy["results"].splitlines()):
         task = row.get("task_evaluated") or args["env_id"]
         mean = float(row["eval/return_mean"])
         std = float(row["eval/return_std"])
@@ -191,6 +190,7 @@ def make_drawn(*args, **kwargs) -> gym.Env:
 
 
 def cannot_film(error: Exception) -> NoReturn:
+    sys.unraisablehook = lambda failure: None  # a broken viewer fails once more when deleted
     die(f"--video: cannot film this task: {' '.join(str(error).split())} ({OPENGL})")
 
 
@@ -209,6 +209,9 @@ class Camera:
         path.parent.mkdir(parents=True, exist_ok=True)
         video = import_video()
         self.writer = video.get_writer(path, fps=speed / self.every, macro_block_size=2)
+
+    def __getattr__(self, name: str):
+        return getattr(self.env, name)
 
     def reset(self, **kwargs):
         start = self.env.reset(**kwargs)

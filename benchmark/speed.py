@@ -197,7 +197,7 @@ class Contender:
 def rate(statement: str, threads: int, **names) -> float:
     """How often per second a statement about `names` can be executed."""
     timer = Timer(statement, globals=names, num_threads=threads)
-    return 1 / timer.blocked_autorange(min_run_time=1).median
+    return 1 / timer.blocked_autorange().median
 
 
 def operations(update, batch) -> int:

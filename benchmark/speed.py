@@ -271,7 +271,6 @@ def turns_of(contenders: list[Contender]) -> list[dict]:
         for n, turn in enumerate(contender.turns, 1):
             row = {"contender": contender.name, "turn": n}
             row["steps_per_second"] = f"{contender.chunk / turn['seconds']:.2f}"
-            row["cpu_seconds"] = f"{turn['cpu_seconds']:.4f}"
             row["peak_rss_mib"] = f"{turn['rss_mib']:.0f}"
             rows.append(row)
     return rows

@@ -126,7 +126,7 @@ class Fake(speed.Contender):
     def __init__(self, name: str, seconds: list[float]):
         self.name = name
         self.chunk = 100
-        self.turns = [{"seconds": s, "cpu_seconds": s, "rss_mib": 1} for s in seconds]
+        self.turns = [{"seconds": s, "rss_mib": 1} for s in seconds]
 
 
 def test_ratios_are_those_of_neighbouring_turns_to_the_fastest_peer():

@@ -136,7 +136,7 @@ def test_plays_the_policy_of_every_script(script, tmp_path, command):
     assert code == 0, err
     played = []
     for path in (tmp_path, tmp_path / "small.pt"):
-        player, envs, _ = enjoy.rebuild(enjoy.read(path), seed=0)
+        player, envs, evaluate = enjoy.rebuild(enjoy.read(path), seed=0)
         start = next(iter(envs.values())).reset(seed=5)
         if script.endswith("drq_dmc"):
             expected = ne_drq_dmc.Policy(agent.encoder, agent.actor).act(start)
@@ -147,8 +147,12 @@ def test_plays_the_policy_of_every_script(script, tmp_path, command):
         assert code == 0, err
         played.append(out)
     assert played[0] == played[1]
-    for task in envs:
-        assert f"{task}, episode 2: return" in out and f"{task}, mean of 2: return" in out
+    for task, env in envs.items():
+        first, second = evaluate(player, env, 2, seed=0)
+        assert first != second
+        assert f"{task}, episode 1: return {first:,.1f}\n" in out
+        assert f"{task}, episode 2: return {second:,.1f}\n" in out
+        assert f"{task}, mean of 2: return {(first + second) / 2:,.1f} " in out
 
 
 def test_small_policy_has_what_acts_and_nothing_else(run, tmp_path, command):

@@ -92,7 +92,8 @@ def test_the_operations_of_an_update_are_those_of_its_matrix_products():
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_ours_take_part_compiled_if_asked_for(compiled):
-    commands = speed.all_commands(SMALL, (), (), compiled)
+    commands = speed.all_commands(SMALL, (), ("mine=python3 /a.py --b 'c d'",), compiled)
+    assert commands.pop("mine") == ["python3", "/a.py", "--b", "c d"]
     assert ("NE-TD3, compiled" in commands) == compiled
     for name, command in commands.items():
         assert ("--compile" in command) == name.endswith(", compiled")

@@ -555,13 +555,10 @@ def test_compiled_gradients_are_those_of_the_eager_agent_and_in_order(layer_norm
 # --- CUDA ---------------------------------------------------------------------
 def test_updates_read_no_values_and_stay_on_their_device():
     meta = torch.device("meta")
+    batch = ne.Batch(*[part.to(meta) for part in make()[1].sample(8)])
     with meta:
         args = ne.Args(ne_actor=False, ne_critic=False)
         agent = ne.Agent(args, 4, 2, ne_seed=1, device=meta)
-        obs = torch.empty(8, 4)
-        column = torch.empty(8)
-        rows = torch.empty(8, 12)
-        batch = ne.Batch(rows, obs, torch.empty(8, 6), obs, column, column, torch.empty(8, 2))
     helpers.assert_updates_read_no_values(agent, batch, reads="noise")
 
 

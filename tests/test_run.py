@@ -350,7 +350,7 @@ def small_disk(tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can make a file system")
     yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")

@@ -66,34 +66,6 @@ def test_it_is_the_ne_script_without_ne_bit_for_bit(layer_norm):
     assert row["ne/critic/active_ratio"] < 0.7
 
 
-@pytest.mark.parametrize("method", ["none", "injection"])
-def test_a_deep_copy_trains_itself_and_its_own_targets(method):
-    agent, buffer = make_agent(td3, method=method)
-    train(agent, buffer, 4)
-    if method == "injection":
-        td3.inject(agent)
-    start = values(agent)
-    twin = copy.deepcopy(agent)
-    train(twin, buffer, 4)
-    assert equal(values(agent), start)
-    for mlp, old in zip(targets(twin), targets(agent), strict=True):
-        assert none_equal(learning(mlp), learning(old))
-
-
-@pytest.mark.parametrize("method", ["none", "layer-norm"])
-def test_layer_norm_on_every_hidden_layer_and_none_on_the_output(method):
-    agent, _ = make_agent(td3, method=method)
-    for mlp in networks(agent) + targets(agent):
-        x = torch.randn(8, mlp.layers[0].in_features)
-        y = x
-        for layer, norm in zip(mlp.layers[:-1], mlp.norms, strict=True):
-            y = layer(y)
-            if method == "layer-norm":
-                y = F.layer_norm(y, (layer.out_features,), norm.weight, norm.bias)
-            y = F.relu(y)
-        assert torch.equal(td3.MLP.forward(mlp, x), mlp.layers[-1](y))
-
-
 # --- redo, regrama ------------------------------------------------------------
 def chosen_neurons(method: str, agent, mlp: td3.MLP, batch, tau: float) -> list[torch.Tensor]:
     """Boolean (n,) of each hidden layer, computed by hand."""
@@ -165,48 +137,6 @@ def test_chosen_neurons_start_anew_in_place_and_nothing_else_changes(method, tau
         assert mlp.layers[1].weight[:, ::3].any()
 
 
-def test_the_gradient_score_by_hand():
-    """Two hidden layers, of actor and critics, by backpropagation written out."""
-    agent, buffer = make_agent(td3, actor_hidden=(5, 4), critic_hidden=(6, 3))
-    train(agent, buffer, 4)
-    batch = ends_only(buffer)
-    losses = {agent.actor: agent.actor_loss}
-    for critic in (agent.critic_1, agent.critic_2):
-        losses[critic] = lambda batch: agent.critic_loss(batch)[0]
-    for mlp, loss_of in losses.items():
-        ours = td3.neuron_gradients(mlp, loss_of, batch)
-        by_hand = gradients_by_hand(agent, mlp, batch)
-        assert [g.shape for g in ours] == [(64, layer.out_features) for layer in mlp.layers[:-1]]
-        for one, two in zip(ours, by_hand, strict=True):
-            assert two.any()
-            assert torch.allclose(one, two, rtol=1e-4, atol=1e-8)
-
-
-def test_the_layers_mean_is_what_a_score_is_relative_to(monkeypatch):
-    """Mean |gradient| of 1, 3, 0 and 12 in a layer: scores 0.25, 0.75, 0 and 3."""
-    agent, buffer = make_agent(td3, method="regrama", regrama_tau=0.25)
-    gradient = torch.tensor([[1.0, -6.0, 0.0, 12.0], [-1.0, 0.0, 0.0, -12.0]])
-    chosen = []
-    monkeypatch.setattr(td3, "neuron_gradients", lambda *args: [gradient])
-    monkeypatch.setattr(td3, "start_anew", lambda mlp, which, *rest: chosen.append(which[0]))
-    td3.regrama(agent, buffer.sample(64))
-    assert [which.tolist() for which in chosen] == [[True, False, True, False]] * 3
-
-
-def test_regrama_finds_an_active_neuron_that_cannot_learn_and_redo_does_not():
-    """Nothing leaves the neuron, so it has activations and no gradient."""
-    found = {}
-    for method in ("redo", "regrama"):
-        agent, buffer = make_agent(td3, method=method, redo_tau=0.0, regrama_tau=0.0)
-        with torch.no_grad():
-            agent.critic_1.layers[0].bias[7] = 1.0
-            agent.critic_1.layers[1].weight[:, 7] = 0.0
-        old = agent.critic_1.layers[0].weight[7].clone()
-        getattr(td3, method)(agent, buffer.sample(64))
-        found[method] = not torch.equal(agent.critic_1.layers[0].weight[7], old)
-    assert found == {"redo": False, "regrama": True}
-
-
 # --- reset --------------------------------------------------------------------
 def test_reset_starts_networks_targets_and_adam_anew_and_keeps_the_buffer():
     agent, buffer = make_agent(td3, method="reset")
@@ -259,16 +189,6 @@ def test_injection_leaves_every_output_as_it_was():
     for mlp, target in zip(networks(agent), targets(agent), strict=True):
         assert equal(learning(mlp), learning(target))
         assert none_equal(values(mlp.frozen), values(target.frozen))  # a lagged theta
-
-
-def test_before_injection_it_is_td3_bit_for_bit():
-    ours, our_buffer = make_agent(td3, method="injection")
-    theirs, their_buffer = make_agent(td3, method="none")
-    train(ours, our_buffer, 40)
-    train(theirs, their_buffer, 40)
-    pairs = zip(networks(ours) + targets(ours), networks(theirs) + targets(theirs), strict=True)
-    for one, two in pairs:
-        assert equal(learning(one), learning(two))
 
 
 def test_after_injection_only_the_fresh_networks_learn():
@@ -335,32 +255,6 @@ def test_the_injected_actor_adds_before_the_tanh():
     assert not torch.allclose(agent.actor(obs), agent.target_actor(obs), atol=1e-6)
 
 
-def test_active_ratios_after_injection_are_those_of_what_learns():
-    agent, buffer = make_agent(td3, method="injection")
-    train(agent, buffer, 4)
-    batch = buffer.sample(64)
-    before = agent.networks["critic"].hidden(batch)
-    td3.inject(agent)
-    hidden = agent.networks["critic"].hidden(batch)
-    assert none_equal(hidden, before)
-    layer = agent.critic_1.layers[0]
-    assert torch.equal(hidden[0], F.relu(layer(batch.obs_actions)))
-
-
-def test_a_state_dict_says_whether_there_was_an_injection():
-    agent, buffer = make_agent(td3, method="injection")
-    batch = buffer.sample(64)
-    plain = copy.deepcopy(agent.state_dict())
-    td3.inject(agent)
-    train(agent, buffer, 4)
-    injected = copy.deepcopy(agent.state_dict())
-    other, _ = make_agent(td3, method="injection")
-    other.load_state_dict(injected)
-    assert equal(outputs(other, batch), outputs(agent, batch))
-    other.load_state_dict(plain)
-    assert equal(outputs(other, batch), outputs(make_agent(td3)[0], batch))
-
-
 # --- recency ------------------------------------------------------------------
 @pytest.mark.parametrize(("capacity", "added"), [(1000, 400), (300, 300), (300, 740)])
 def test_rows_are_drawn_by_their_age(capacity, added):
@@ -411,13 +305,6 @@ def test_training_batches_are_recent_and_those_for_logging_uniform(monkeypatch, 
     assert run_here(f"{flags} --run-dir {tmp_path / 'run'}", td3) == 0
     assert drawn.count("recent") == 10
     assert drawn.count("uniform") == 2  # two rows
-
-
-def test_other_methods_draw_the_batches_of_the_ne_script():
-    _, buffer = make_agent(td3, method="redo")
-    _, their_buffer = make_agent(ne)
-    for _ in range(3):
-        assert equal(list(buffer.sample(64)), list(their_buffer.sample(64)))
 
 
 # --- CUDA graphs --------------------------------------------------------------

@@ -301,44 +301,30 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, capsy
 
 
 # --- disks, memory and numbers ------------------------------------------------
-def full_checkpoint(folder: Path, monkeypatch) -> None:
-    """/dev/full in place of the temporary file, from the third checkpoint on."""
-    fsync = os.fsync
-
-    def symlink(descriptor: int) -> None:
-        fsync(descriptor)
-        if len(rows(folder)) == 2:
-            (folder / "checkpoint.tmp").rename(folder / "kept")
-            (folder / "checkpoint.tmp").symlink_to("/dev/full")
-            os.replace(folder / "kept", folder / "checkpoint.pt")
-            monkeypatch.setattr(os, "replace", lambda *_: None)
-
-    monkeypatch.setattr(os, "fsync", symlink)
-
-
-def full_results(folder: Path, monkeypatch) -> None:
-    write_row = ne.write_row
-
-    def write(folder: Path, row: dict) -> None:
-        if row["step"] == 270:
-            shutil.move(folder / "results.csv", folder / "kept")
-            (folder / "results.csv").symlink_to("/dev/full")
-        write_row(folder, row)
-
-    monkeypatch.setattr(ne, "write_row", write)
-
-
-@pytest.mark.parametrize("full", [full_checkpoint, full_results])
-def test_a_full_disk_loses_nothing_that_was_saved(full, whole, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("function", "name"), [("save", "checkpoint.tmp"), ("write_row", "results.csv")]
+)
+def test_a_full_disk_loses_nothing_that_was_saved(
+    whole, tmp_path, monkeypatch, capsys, function, name
+):
+    """At the third checkpoint, of step 300, or the third row."""
     folder = tmp_path / "run"
+    write = getattr(ne, function)
+    calls = []
+
+    def write_on_full_disk(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 3:
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to("/dev/full")
+        write(*args, **kwargs)
+
     with monkeypatch.context() as patch:
-        full(folder, patch)
+        patch.setattr(ne, function, write_on_full_disk)
         words = ("cannot write", "No space left", "make room, then --resume")
         refused(capsys, f"{RUN} --run-dir {folder}", *words, code=1)
     assert load(folder)["step"] == 200
-    for path in folder.iterdir():
-        if path.is_symlink():
-            path.unlink()
+    (folder / name).unlink()
     assert run_here(f"--resume {folder}") == 0
     assert_equal_runs(whole, folder)
 

@@ -1,13 +1,13 @@
 """Watch a trained agent: plays a run of any script, its checkpoint, or a small policy.
 
-Run:   python benchmark/enjoy.py policies/HalfCheetah-v5.pt          the return of each episode
-       python benchmark/enjoy.py runs/a --video a.mp4                and what it looks like
-       python benchmark/enjoy.py runs/a --export policies/NAME.pt    writes a small policy
+Run:   python benchmark/enjoy.py policies/HalfCheetah-v5.pt        the return of each episode
+       python benchmark/enjoy.py runs/a --video a.mp4              and what it looks like
+       python benchmark/enjoy.py runs/a --export policies/NAME.pt  writes a small policy
 
 Episodes are those of an evaluation: no noise, the same starts for the same --seed. With the
-run's own --seed and --eval-episodes, a run on a CPU gives the last row of its results.csv, if
-its episodes depend on the seed alone. Those of a task that normalises by what it has seen, or
-draws from random or np.random, do not: they repeat themselves, but not that row.
+run's own --seed and --eval-episodes, a run on a CPU gives the last row of its results.csv,
+if its episodes depend on the seed alone. Those of a task that normalises by what it has
+seen, or draws from random or np.random, do not: they repeat themselves, but not that row.
 """
 
 import csv
@@ -48,7 +48,7 @@ class Options:
 
 # --- reading and writing ------------------------------------------------------
 def read(path: Path) -> dict:
-    """A checkpoint or a small policy, which is a checkpoint of what acts and nothing else.
+    """A checkpoint or a small policy, which is a checkpoint of what acts only.
 
     Raises: SystemExit(2) for what is missing, damaged, or neither of both.
     """
@@ -91,7 +91,8 @@ def described(policy: dict) -> str:
         task = row.get("task_evaluated") or args["env_id"]
         mean = float(row["eval/return_mean"])
         std = float(row["eval/return_std"])
-        returns[task] = f"{task} {mean:,.1f} +- {std:,.1f}"  # later rows replace earlier ones
+        # later rows replace earlier ones
+        returns[task] = f"{task} {mean:,.1f} +- {std:,.1f}"
     line = f"{policy['script']}, seed {args['seed']}, step {policy['step']:,}"
     return f"{line}; last evaluation: {', '.join(returns.values()) or 'none'}"
 
@@ -109,7 +110,9 @@ def rebuild(policy: dict, seed: int) -> tuple:
     """As the script makes them: what acts, the environments {task: env}, `evaluate`."""
     name = policy["script"]
     ne = importlib.import_module(f"ne_{name.removeprefix('ne_')}")  # makes environments
-    module = ne if name.startswith("ne_") else importlib.import_module(f"baselines.{name}")
+    module = ne
+    if not name.startswith("ne_"):
+        module = importlib.import_module(f"baselines.{name}")
     args = module.Args()
     for name in vars(args).keys() & policy["args"].keys():
         setattr(args, name, policy["args"][name])
@@ -143,7 +146,7 @@ def rebuild(policy: dict, seed: int) -> tuple:
 
 
 def play(policy: dict, options: Options) -> None:
-    """Prints the return of each episode and their mean; films each task's first episode."""
+    """Prints each episode's return and their mean; films each task's first episode."""
     player, envs, evaluate = rebuild(policy, options.seed)
     print(described(policy))
     for task, env in envs.items():
@@ -190,7 +193,8 @@ def make_drawn(*args, **kwargs) -> gym.Env:
 
 
 def cannot_film(error: Exception) -> NoReturn:
-    sys.unraisablehook = lambda failure: None  # a broken viewer fails once more when deleted
+    # a broken viewer fails once more when deleted
+    sys.unraisablehook = lambda failure: None
     die(f"--video: cannot film this task: {' '.join(str(error).split())} ({OPENGL})")
 
 

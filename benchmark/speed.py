@@ -1,10 +1,10 @@
 """Speed of NE-TD3, measured beside its peers in one run on one machine.
 
-Run:   python benchmark/speed.py compare    steps per second, ours and the peers' in turn; ceilings
+Run:   python benchmark/speed.py compare    steps per second, ours and the peers'; ceilings
 
 Every contender is a real training in a process of its own that stops after each chunk of
-environment steps until it is its turn again (paced.py). So a machine that is slower for a minute
-is so for all, and the ratios hold.
+environment steps until it is its turn again (paced.py). So a machine that is slower for a
+minute is so for all, and the ratios hold.
 """
 
 import csv
@@ -53,7 +53,8 @@ class Setting:
 def ours(setting: Setting, *flags: str) -> list[str]:
     """Our script, without evaluations and with ten times as many rounds."""
     widths = [str(width) for width in setting.widths]
-    command = [sys.executable, str(ROOT / "ne_td3_continuous.py"), "--env-id", setting.env_id]
+    command = [sys.executable, str(ROOT / "ne_td3_continuous.py")]
+    command += ["--env-id", setting.env_id]
     command += ["--actor-hidden", *widths, "--critic-hidden", *widths]
     command += ["--batch-size", str(setting.batch_size)]
     command += ["--torch-threads", str(setting.threads)]
@@ -219,7 +220,7 @@ def operations_per_step(setting: Setting, n_obs: int, n_act: int, device) -> flo
 
 
 def ceilings(setting: Setting) -> list[dict]:
-    """What no training can exceed: the matrix products of its updates, the simulator alone."""
+    """What no training can exceed: matrix products of its updates, the simulator alone."""
     device = torch.device("cuda" if setting.cuda else "cpu")
     env = ne.make_env(setting.env_id)
     n_obs = env.observation_space.shape[0]
@@ -277,7 +278,7 @@ def turns_of(contenders: list[Contender]) -> list[dict]:
 
 
 def ratios(contenders: list[Contender]) -> list[dict]:
-    """Medians, and ratios to the fastest peer: median and middle half over pairs of turns."""
+    """Medians, and ratios to the fastest peer over pairs of turns: median, middle half."""
     peers = [contender for contender in contenders if contender.name in PEERS]
     fastest = max(peers or contenders, key=lambda contender: np.median(contender.rates()))
     table = []

@@ -21,6 +21,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import dataclass, field
@@ -976,7 +977,7 @@ def open_folder(args, checkpoint: dict | None, task: str) -> tuple[Path, fileloc
         lock = lock_folder(folder)
         results = folder / "results.csv"
         if checkpoint is not None:
-            results.write_bytes(checkpoint["results"])
+            results.write_bytes(checkpoint["results"].encode())
         elif results.exists() or (folder / "checkpoint.pt").exists():
             die(f"--run-dir must be a new folder; --resume {folder} continues the run in it")
         else:
@@ -1061,15 +1062,18 @@ class Stop:
 
     def __init__(self):
         self.signal = None
+        self.handled = []
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, signal.SIGTERM)  # Windows lacks two
             nohup = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
             if not nohup:
                 signal.signal(number, self.request)
+                self.handled.append(number)
 
     def request(self, number: int, frame) -> None:
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        for handled in self.handled:
+            signal.signal(handled, signal.SIG_DFL)
         try:
             os.write(2, b"\nfinishing the episode, then saving (once more: stop at once)\n")
         except OSError:  # the terminal is closed
@@ -1106,7 +1110,7 @@ def save(folder: Path, args, resumed, step: int, parts: tuple, finished=False) -
     content = {"script": type(args).exp_name, "step": step, "finished": finished}
     content["args"] = resumed["args"] if resumed else vars(args)
     content["parts"] = states
-    content["results"] = results.read_bytes() if results.exists() else b""
+    content["results"] = results.read_bytes().decode() if results.exists() else ""
     with open(folder / "checkpoint.tmp", "wb") as file:
         torch.save(content, file)
         file.flush()
@@ -1206,6 +1210,7 @@ class CudaGraph:
 
 def as_script(main) -> None:
     """Runs `main`; one line for a full disk and for too little memory."""
+    threading.excepthook = lambda failure: None  # TensorBoard's thread; `main` sees it too
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each row at once
     try:
         main()

@@ -9,8 +9,6 @@ With --method none it is TD3, and ne_td3_continual.py without NE (--initial-dens
 layers of td3_continuous.py. What is not the agent's is imported from ne_td3_continual.py.
 """
 
-import copy
-import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python baselines/NAME.py
 
@@ -27,23 +26,23 @@ from baselines import td3_continuous
 from baselines.td3_continuous import reset
 from ne_td3_continual import (
     Batch,
-    EnvironmentFault,
+    Log,
     Progress,
     ReplayBuffer,
-    Run,
     RunArgs,
+    Stop,
     TD3Args,
     as_script,
-    die,
-    evaluate_postponed,
+    evaluate_tasks,
     fast_updates,
     make_envs,
-    measure,
+    open_folder,
     parse_args,
     print_metrics,
+    require_finite,
     restore,
-    set_length,
-    set_up_torch,
+    save,
+    set_up,
 )
 
 
@@ -52,15 +51,15 @@ class MethodArgs:
     """A rival of NE."""
 
     method: Literal["none", "reset", "layer-norm"] = "none"
-    """reset: all that learns starts anew when the task changes (§5.2); layer-norm: Linear,
-    LayerNorm, ReLU in every hidden layer (Lyle et al. 2024); none: TD3"""
+    """reset: all that learns starts anew when the task changes (§5.2); layer-norm: in
+    every hidden layer (Lyle et al. 2024); none: TD3"""
 
 
 @dataclass
 class Args(MethodArgs, TD3Args, RunArgs):
-    """All flags."""
+    """TD3 (Fujimoto et al. 2018) and rivals of NE on a sequence of tasks."""
 
-    exp_name: str = "td3_continual"
+    exp_name: str = "td3_continual"  # part of the run's name
 
 
 class Agent(td3_continuous.Agent):
@@ -95,58 +94,40 @@ class Agent(td3_continuous.Agent):
 def main() -> None:
     # --- setup ---
     args, checkpoint = parse_args(Args)
-    envs = make_envs(args)
-    eval_envs = make_envs(args)
-    set_length(args)
-    if args.batch_size > args.buffer_size:
-        die(f"--batch-size must be at most {args.buffer_size}, got {args.batch_size}")
-    device = set_up_torch(args)
+    device = set_up(args)
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     weight_seed, noise_seed, batch_seed, method_seed = seeds
     torch.manual_seed(weight_seed)
     noise_rng = np.random.default_rng(noise_seed)
-    n_obs = envs[0].n_obs
-    n_act = envs[0].n_act
-    agent = Agent(args, n_obs, n_act, device, method_seed)
+    envs = make_envs(args.tasks)
+    eval_envs = make_envs(args.tasks)
+    n_obs = envs[0].observation_space.shape[0]
+    n_act = envs[0].action_space.shape[0]
+    agent = Agent(args, n_obs, n_act, method_seed, device)
     buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, batch_seed, device)
-    batch = buffer.new_batch(args.batch_size)
-    metrics_batch = buffer.new_batch(args.batch_size)
-    progress = Progress.of(agent)
+    progress = Progress()
+    parts = (agent, buffer, progress, noise_rng, envs)  # all that a resumed run needs
+    start = 0
     starts = [env.reset(seed=args.seed) for env in envs]
     obs, _ = starts[0]
-
-    # all that a resumed run needs
-    parts = {"agent": agent, "buffer": buffer, "progress": progress}
-    parts["method_rng"] = agent.method_rng
-    parts["noise_rng"] = noise_rng
-    for task, env in zip(args.tasks, envs, strict=True):
-        parts[f"{task} rng"] = env
-    for name, network in agent.networks.items():
-        parts[f"{name}_optimizer"] = network.optimizer
     if checkpoint is not None:
-        restore(parts, checkpoint)
+        start = checkpoint["step"]
+        restore(parts, checkpoint["parts"])
         obs, _ = envs[progress.stretches % len(envs)].reset()
-    total_steps = args.total_timesteps
-    if args.episodes_per_task is not None:
-        total_steps = None  # not known in advance
-    run = Run(args, "+".join(args.tasks), total_steps, checkpoint)
-    print(f"{' '.join(args.tasks)}, seed {args.seed}, {device}: {run.folder}")
-    print(f"method: {args.method}")
-    if checkpoint is None:
-        row = measure(args, agent, metrics_batch, progress, step=0)  # the untrained policy
-        weights = copy.deepcopy(agent.actor.state_dict())
-        progress.postponed.append((row, weights))
-    evaluate_postponed(run, progress, agent.actor, eval_envs, args)
-    update_critic, update_actor = fast_updates(args, agent, batch)
+    folder, lock = open_folder(args, checkpoint, "+".join(args.tasks))
+    log = Log(args, folder, start)
+    stop = Stop()
+    print(f"{' '.join(args.tasks)}, seed {args.seed}, {device}: {folder}\nmethod: {args.method}")
+    update_critic, update_actor = fast_updates(args, agent, buffer)
+    if start == 0:
+        evaluate_tasks(agent, buffer, progress, eval_envs, 0, folder, log)
 
     # --- the loop ---
-    episodic_return = 0.0
-    episodic_length = 0
+    saved = start
     started = time.time()
-    first = run.saved + 1
-    for step in itertools.count(first):
-        task = progress.stretches % len(envs)
-        env = envs[task]
+    last = args.total_timesteps
+    for step in tqdm(range(start + 1, last + 1), initial=start, total=last, disable=None):
+        env = envs[progress.stretches % len(envs)]
 
         # act
         if step <= args.learning_starts:
@@ -154,60 +135,51 @@ def main() -> None:
         else:
             noise = noise_rng.normal(0, args.exploration_noise, n_act)
             action = agent.actor.act(obs) + noise
-            run.require_finite(step, action)
         action = action.clip(-1, 1).astype(np.float32) * env.action_mask
 
         # update; before the environment steps, so that on CUDA both run at the same time
         # and, after the buffer was cleared, not until it holds a batch again
         enough = buffer.size >= min(args.batch_size, args.learning_starts)
-        if step > args.learning_starts and enough:
+        updates = args.replay_ratio if step > args.learning_starts and enough else 0
+        for _ in range(updates):
             progress.updates += 1
-            buffer.sample(batch)
+            batch = buffer.sample(args.batch_size)
             # critic, then actor and targets
             losses = {}
             losses["qf_loss"], losses["qf_values"] = update_critic(batch)
             if progress.updates % args.policy_frequency == 0:
                 losses["actor_loss"] = update_actor(batch)
-            for key, value in losses.items():
-                progress.losses[key] = value.clone()
+            progress.losses |= {key: value.clone() for key, value in losses.items()}
 
         # step and store
-        try:
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-        except EnvironmentFault as fault:
-            run.fail(step, str(fault))
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        require_finite(step, action=action, observation=next_obs, reward=reward)
         buffer.add(obs, action, next_obs, reward, terminated, env.action_mask)
         obs = next_obs
-        episodic_return += reward
-        episodic_length += 1
         ended = terminated or truncated
         if ended:
-            run.log(step, "charts/episodic_return", episodic_return)
-            run.log(step, "charts/episodic_length", episodic_length)
+            episodic_return = float(info["episode"]["r"])
             progress.returns.append(episodic_return)
+            log.scalar("charts/episodic_return", episodic_return, step)
+            log.scalar("charts/episodic_length", info["episode"]["l"], step)
             progress.episodes += 1
-        switch = progress.episodes == args.episodes_per_task
         if args.episodes_per_task is None:
             switch = step % args.steps_per_task == 0
-        last = switch and progress.stretches + 1 == args.cycles * len(envs)
+        else:
+            switch = progress.episodes == args.episodes_per_task
+        if switch and progress.stretches + 1 == args.cycles * len(envs):
+            last = step  # of episodes, there may be fewer steps
 
         # evaluate and log
-        run.bar.update()
         if step % 1_000 == 0:
-            run.log(step, "charts/SPS", (step - first + 1) / (time.time() - started))
+            log.scalar("charts/SPS", (step - start) / (time.time() - started), step)
             for key, value in progress.losses.items():
-                run.log(step, f"losses/{key}", value)
+                log.scalar(f"losses/{key}", value, step)
         if step % args.eval_frequency == 0 or switch:
-            run.require_finite(step, *agent.parameters())
-            buffer.sample(metrics_batch, rng=torch.Generator().manual_seed(step))
-            row = measure(args, agent, metrics_batch, progress, step)
-            progress.returns = []
-            weights = copy.deepcopy(agent.actor.state_dict())
-            progress.postponed.append((row, weights))
-            evaluate_postponed(run, progress, agent.actor, eval_envs, args, last)
+            evaluate_tasks(agent, buffer, progress, eval_envs, step, folder, log)
 
         # episode end, or the task's, which may cut an episode
-        if last:
+        if step == last:
             break
         if switch:
             progress.stretches += 1
@@ -216,27 +188,22 @@ def main() -> None:
                 buffer.clear()
             if args.method == "reset":
                 reset(agent)
+        # no environment can be saved inside an episode
         if ended or switch:
-            # no environment can be saved inside an episode
-            stopping = run.stop_signal is not None
-            due = step - run.saved >= args.checkpoint_frequency
-            if due or stopping:
-                run.require_finite(step, *agent.parameters())
-                run.save(step, parts)
-                if stopping:
-                    run.leave(step)
-            episodic_return = 0.0
-            episodic_length = 0
+            if stop.signal or step - saved >= args.checkpoint_frequency:
+                save(folder, args, checkpoint, step, parts)
+                saved = step
+            if stop.signal:
+                log.close()
+                lock.release()
+                stop.leave(step, folder)
             obs, _ = envs[progress.stretches % len(envs)].reset()
 
-    run.require_finite(step, *agent.parameters())
-    del parts["buffer"]  # a finished run needs it no more
-    run.save(step, parts, finished=True)
-    run.close()
-    print(f"finished: {run.folder}, {(step - first + 1) / (time.time() - started):.0f} steps/s")
-    for name in agent.networks:
-        print(f"{name}: active neurons {row[f'ne/{name}/active_ratio']:.1%}")
-    print_metrics(run.folder)
+    save(folder, args, checkpoint, step, parts, finished=True)
+    log.close()
+    lock.release()
+    print(f"finished: {folder}, {(step - start) / (time.time() - started):.0f} steps/s")
+    print_metrics(folder)
 
 
 if __name__ == "__main__":

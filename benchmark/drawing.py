@@ -3,8 +3,6 @@
 import csv
 import functools
 import glob
-import io
-import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -14,31 +12,28 @@ from typing import NamedTuple, NoReturn
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from estimates import interval, iqm
 
 # a $ in a label or a title is a $, not the start of a formula
 matplotlib.rcParams["text.parse_math"] = False
 
-Seed = dict[str, np.ndarray]  # one run: {column: (rows,)}
-
 # Okabe and Ito's colours for all kinds of colour vision, without yellow, which is faint on
 # white; brown comes last, since grey stands for any method in legends
-COLOURS = [
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#000000",
-    "#56B4E9",
-    "#E69F00",
-    "#7A4A1E",
-]
-STYLES = ["-", (0, (4, 1.5))]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"]
+COLOURS += ["#7A4A1E"]
+NETWORKS = {"critics": "-", "actor": (0, (4, 1.5))}  # line styles
 CROWD = 4  # more methods than that have no bands and thin lines
+
+Seed = dict[str, np.ndarray]  # one run on one task: {column: (rows,)}
+Runs = dict[str, dict[str, list[Seed]]]  # {label: {task: runs}}
 
 
 class Panel(NamedTuple):
     label: str  # of the y-axis
-    columns: tuple[str, ...]  # drawn solid and dashed
+    columns: tuple[str, ...]  # one, or the critics' and the actor's
 
 
 RETURN = Panel("evaluation return\n(sum of rewards per episode)", ("eval/return_mean",))
@@ -46,17 +41,9 @@ RATIO = Panel(
     "active ratio, τ = 0.1\n(share of neurons)",
     ("ne/critic/active_ratio_0.1", "ne/actor/active_ratio_0.1"),
 )
-DENSITY = Panel(
-    "density\n(share of connections)",
-    ("ne/critic/density", "ne/actor/density"),
-)
-PANELS = [RETURN, RATIO, DENSITY]  # top to bottom
+DENSITY = Panel("density\n(share of connections)", ("ne/critic/density", "ne/actor/density"))
 COLUMNS = [*RETURN.columns, *RATIO.columns, *DENSITY.columns]
-
-# what there is to measure from the first update on only
-MEASURED = ("dormant", "active_ratio", "active_ratio_0.025", "active_ratio_0.1", "fau")
-MEASURED += ("qf_loss", "qf_values", "actor_loss")
-COUNTS = ("dormant", "planned", "grown", "pruned")
+SHARES = ("density", "active_ratio_0.1", "review_epsilon")  # how columns up to 1 end
 
 
 def die(message: str) -> NoReturn:
@@ -64,226 +51,150 @@ def die(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def panels(split: bool) -> list[Panel]:
-    """PANELS, or the same with critics and actor in panels of their own."""
-    if not split:
-        return PANELS
-    apart = [RETURN]
-    for label, (critic, actor) in (RATIO, DENSITY):
-        apart.append(Panel(f"critics: {label}", (critic,)))
-        apart.append(Panel(f"actor: {label}", (actor,)))
-    return apart
+def apart(panels: list[Panel]) -> list[Panel]:
+    """Critics and actor in panels of their own."""
+    split = []
+    for label, columns in panels:
+        for network, column in zip(NETWORKS, columns, strict=True):
+            split.append(Panel(f"{network}: {label}", (column,)))
+    return split
 
 
 # --- reading ------------------------------------------------------------------
+class Run(NamedTuple):
+    """The rows of one evaluation differ in the task evaluated and its return only."""
+
+    tasks: dict[str, Seed]  # {task evaluated: its rows}, {"": rows} where there is one task
+    # first step, last step and task of each training; none where there is one task
+    stretches: list[tuple[float, float, str]]
+    rows: list[dict[str, str]]  # of results.csv
+    frames: bool  # whether steps are frames, as args.json beside it says
+
+    @property
+    def end(self) -> float:
+        return float(self.rows[-1]["step"])
+
+
 def read_rows(file: Path, columns: list[str]) -> list[dict[str, str]]:
     """Raises: SystemExit(2) for a damaged file and one without rows or without a column."""
     try:
-        text = file.read_text()
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        with open(file, newline="") as lines:
+            rows = list(csv.DictReader(lines))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         die(f"cannot read {file}: {e}")
-    if "\0" in text:
-        die(f"{file} is damaged: it holds NUL bytes")
     if not rows:
         die(f"{file} has no rows")
-    complete = text.endswith("\n")
-    for row in rows:
-        complete &= None not in row and None not in row.values()  # too many values, too few
-    if not complete:
-        die(f"{file} is damaged: a row of it is not complete")
     missing = [column for column in columns if column not in rows[0]]
     if missing:
         die(f"{file} has no column {', '.join(missing)}")
+    if None in rows[-1].values():
+        die(f"the last row of {file} is not complete")
     return rows
 
 
-def to_numbers(file: Path, rows: list[dict], columns: list[str], gaps: bool = False) -> Seed:
-    """What is measured may be NaN before the first update, with `gaps` in any row.
-
-    Raises: SystemExit(2) for what is not made of numbers with growing steps.
-    """
+def to_numbers(file: Path, rows: list[dict[str, str]], columns: list[str]) -> Seed:
+    """Raises: SystemExit(2) for what is not made of numbers with growing steps."""
     seed = {}
-    for column in columns:
+    for column in ["step", *columns]:
         try:
-            seed[column] = np.array([float(row[column]) for row in rows])
+            seed[column] = np.array([row[column] for row in rows], dtype=float)
         except (TypeError, ValueError) as e:
             die(f"{file} holds something that is not a number: {e}")
-    for column, values in seed.items():
-        refused = refused_values(column, values, gaps)
-        if refused.any():
-            row = refused.argmax()
-            die(f"{file} holds {values[row]} in {column}, row {row + 1}")
     if (np.diff(seed["step"]) <= 0).any():
         die(f"the steps of {file} do not increase from row to row")
     return seed
 
 
-def refused_values(column: str, values: np.ndarray, gaps: bool) -> np.ndarray:
-    """Which (rows,) are infinite, or NaN where a run writes no NaN."""
-    allowed = np.isfinite(values)
-    name = column.rpartition("/")[2]
-    if name == "episodic_return" or (gaps and name in MEASURED):
-        # no episode ended since the last row; the buffer was just emptied
-        allowed |= np.isnan(values)
-    elif name in MEASURED:
-        started = np.maximum.accumulate(allowed)
-        allowed |= np.isnan(values) & ~started
-    return ~allowed
-
-
-def read_results(file: Path, columns: list[str]) -> Seed:
-    """One run on a single task. Raises: SystemExit(2)."""
-    return to_numbers(file, read_rows(file, columns), columns)
-
-
-class Continual(NamedTuple):
-    """A run over a sequence of tasks.
-
-    The rows of one evaluation differ in the task evaluated and its return only.
-    """
-
-    tasks: dict[str, Seed]  # {task evaluated: its rows}
-    # first step, last step and task of each uninterrupted training
-    stretches: list[tuple[float, float, str]]
-    rows: list[dict[str, str]]  # of results.csv
-
-
-def read_continual(file: Path, columns: list[str]) -> Continual:
-    """Raises: SystemExit(2) as read_results, and where evaluations differ in their tasks."""
-    rows = read_rows(file, [*columns, "cycle", "task_trained", "task_evaluated"])
+def read_run(file: Path, columns: list[str]) -> Run:
+    """A results.csv. Raises: SystemExit(2)."""
+    rows = read_rows(file, ["step", *columns])
     rows_of: dict[str, list] = {}
     for row in rows:
-        rows_of.setdefault(row["task_evaluated"], []).append(row)
-    evaluations = set()
-    for own in rows_of.values():
-        evaluations.add(tuple(row["step"] for row in own))
-    if len(evaluations) > 1:
+        rows_of.setdefault(row.get("task_evaluated", ""), []).append(row)
+    tasks = {task: to_numbers(file, own, columns) for task, own in rows_of.items()}
+    if len(set(map(len, rows_of.values()))) > 1:
         die(f"{file} does not evaluate the same tasks at each step")
-    seeds = {}
-    for name, own in rows_of.items():
-        seeds[name] = to_numbers(file, own, columns, gaps=True)
     ends = {}
     for row in rows:
-        ends[row["cycle"], row["task_trained"]] = float(row["step"])
-    start = float(rows[0]["step"])
+        if "task_trained" in row:
+            ends[row["cycle"], row["task_trained"]] = float(row["step"])
     stretches = []
+    start = float(rows[0]["step"])
     for (_, task), end in ends.items():
         stretches.append((start, end, task))
         start = end
-    return Continual(seeds, stretches, rows)
+    args = file.parent / "args.json"
+    frames = args.is_file() and '"frame_size"' in args.read_text()
+    return Run(tasks, stretches, rows, frames)
 
 
-def counts_frames(file: Path) -> bool:
-    """Whether the run of a results.csv is from pixels, as args.json beside it says."""
-    try:
-        args = json.loads((file.parent / "args.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return "frame_size" in args
-
-
-# --- runs on the command line -------------------------------------------------
 def find_results(path: str) -> list[Path]:
     """The results files that one PATH stands for: a run's folder, a CSV file or a glob."""
-    paths = [Path(path)]
-    if not paths[0].exists():
-        paths = [Path(p) for p in sorted(glob.glob(path))]
     files = []
-    for p in paths:
-        file = p / "results.csv" if p.is_dir() else p
-        if file.is_file() and (file.suffix == ".csv" or len(paths) == 1):
+    for name in sorted(glob.glob(path)) or [path]:
+        file = Path(name)
+        if file.is_dir():
+            file = file / "results.csv"
+        if file.is_file() and file.suffix == ".csv":
             files.append(file)
     if not files:
         die(f"there are no results at {path}: name a run's folder, a CSV file or a glob of either")
     return files
 
 
-def exists(path: str) -> bool:
-    return path != "" and (Path(path).exists() or glob.glob(path) != [])
+def read_runs(runs: Iterable[str]) -> dict[str, list[Run]]:
+    """LABEL=PATH[,PATH...] -> {label: its runs}. A label given twice has the runs of both.
 
-
-def split_label(run: str) -> tuple[str, list[str]]:
-    """LABEL=PATH[,PATH...] -> label and paths.
-
-    The label ends at the first = after which all paths exist, else at the last one.
-    Raises: SystemExit(2).
+    Raises: SystemExit(2), also where tasks differ.
     """
-    parts = run.split("=")
-    label = ""
-    paths = []
-    for n in range(1, len(parts)):
-        label = "=".join(parts[:n]).strip()
-        paths = [path.strip() for path in "=".join(parts[n:]).split(",")]
-        if all(exists(path) for path in paths):
-            break
-    if not label or not all(paths):
-        die(f"runs are given as LABEL=PATH[,PATH...], got {run}")
-    return label, paths
-
-
-def files_of(runs: list[str]) -> dict[str, list[Path]]:
-    """{label: files}. A label given twice collects the seeds of both."""
-    files: dict[str, list[Path]] = {}
-    for run in runs:
-        label, paths = split_label(run)
-        own = files.setdefault(label, [])
-        for path in paths:
-            own += find_results(path)
-    if not 1 <= len(files) <= len(COLOURS):
-        die(f"one to {len(COLOURS)} labels can be drawn, got {len(files)}")
-    return files
-
-
-def read_runs(runs: list[str], columns: list[str], read=read_results) -> dict[str, list]:
-    """{label: seeds}"""
-    labels = {}
-    for label, files in files_of(runs).items():
-        labels[label] = [read(file, ["step", *columns]) for file in files]
+    labels: dict[str, list[Run]] = {}
+    sequences = {}
+    for words in runs:
+        label, _, paths = words.partition("=")
+        if not label or not paths:
+            die(f"runs are given as LABEL=PATH[,PATH...], got {words}")
+        for path in paths.split(","):
+            for file in find_results(path.strip()):
+                run = read_run(file, COLUMNS)
+                labels.setdefault(label.strip(), []).append(run)
+                sequences[", ".join(run.tasks)] = file
+    if not 1 <= len(labels) <= len(COLOURS):
+        die(f"one to {len(COLOURS)} labels can be drawn, got {len(labels)}")
+    if len(sequences) > 1:
+        named = [f"{file} has {tasks or 'one'}" for tasks, file in sequences.items()]
+        die(f"all runs must have the same tasks: {', '.join(named)}")
     return labels
 
 
-# --- drawing ------------------------------------------------------------------
-class Pen(NamedTuple):
-    colour: str
-    style: str | tuple = "-"
-    width: float = 2.0  # points
-    bands: bool = True  # also each seed, and the spread of all
+# --- panels -------------------------------------------------------------------
+class Content(NamedTuple):
+    """What is drawn over steps."""
 
-
-def pen_of(place: int, count: int, column: str, style) -> Pen:
-    """The pen of a method: its place in the legend, counted from 0, and how many there are."""
-    width = 2.0 if count <= CROWD else 1.3
-    if column.endswith("/density"):
-        # methods of equal density: each line shows on both sides of the next one
-        width = 1.3 + (count - 1 - place)
-    return Pen(COLOURS[place], style, width, bands=count <= CROWD)
+    grid: list[list[tuple[str, Panel]]]  # rows of (task, panel)
+    runs: Runs
+    finished: Runs  # those of them that count for the mean, of a task that has some
+    stretches: list[tuple[float, float, str]]  # of a sequence of tasks
+    steps: str  # label of the x-axis
 
 
 def on_common_steps(seeds: list[Seed], column: str) -> tuple[np.ndarray, np.ndarray]:
     """The steps (n,) that all seeds have, and the column there, (seeds, n)."""
     steps = functools.reduce(np.intersect1d, [seed["step"] for seed in seeds])
-    values = []
-    for seed in seeds:
-        rows = np.searchsorted(seed["step"], steps)
-        values.append(seed[column][rows])
+    if not len(steps):
+        die("the seeds of a label have no step in common")
+    values = [seed[column][np.isin(seed["step"], steps)] for seed in seeds]
     return steps, np.stack(values)
 
 
-def draw_line(ax, steps: np.ndarray, values: np.ndarray, pen: Pen) -> None:
-    """The thick line of a panel; a single point is visible too."""
-    marker = "o" if len(steps) == 1 else ""
-    style = {"color": pen.colour, "linestyle": pen.style, "linewidth": pen.width}
-    ax.plot(steps, values, marker=marker, **style)
-
-
-def draw_seed(ax, seed: Seed, column: str, pen: Pen) -> None:
-    style = {"color": pen.colour, "linestyle": pen.style}
-    ax.plot(seed["step"], seed[column], linewidth=0.6, alpha=0.3, **style)
-
-
-def draw_band(ax, steps: np.ndarray, low: np.ndarray, high: np.ndarray, pen: Pen) -> None:
-    ax.fill_between(steps, low, high, color=pen.colour, alpha=0.15, linewidth=0)
+def draw(ax, runs: list[Seed], averaged: list[Seed], column: str, bands: bool, **look) -> None:
+    """Thick: interquartile mean of `averaged`; with `bands` its interval and each run, faint."""
+    steps, values = on_common_steps(averaged, column)
+    if bands and len(runs) > 1:
+        for run in runs:
+            ax.plot(run["step"], run[column], **look | {"linewidth": 0.6, "alpha": 0.3})
+        ax.fill_between(steps, *interval(values), color=look["color"], alpha=0.15, linewidth=0)
+    marker = "o" if len(steps) == 1 else ""  # a single point is visible too
+    ax.plot(steps, iqm(values), marker=marker, **look)
 
 
 def step_label(step: float, _: int | None = None) -> str:
@@ -293,19 +204,39 @@ def step_label(step: float, _: int | None = None) -> str:
     return f"{step:g}"
 
 
-def is_share(column: str) -> bool:
-    return column.startswith("ne/") and column.rpartition("/")[2] not in COUNTS
-
-
-def dress(ax, columns: tuple[str, ...]) -> None:
-    """What all panels look like."""
+def dress(ax) -> None:
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.xaxis.set_major_formatter(step_label)
-    if is_share(columns[0]):
+
+
+def draw_panel(ax, content: Content, task: str, panel: Panel) -> None:
+    count = len(content.runs)
+    bands = count <= CROWD and len(panel.columns) == 1
+    for place, (label, own) in enumerate(content.runs.items()):
+        look = {"color": COLOURS[place], "linewidth": 2.0 if count <= CROWD else 1.3}
+        if panel.columns[0].endswith("/density"):
+            # methods of equal density: each line shows on both sides of the next one
+            look["linewidth"] = 1.3 + (count - 1 - place)
+        averaged = content.finished[label][task] or own[task]
+        for column, style in zip(panel.columns, NETWORKS.values(), strict=False):
+            if averaged:
+                draw(ax, own[task], averaged, column, bands, linestyle=style, **look)
+    dress(ax)
+    if panel.columns[0].endswith(SHARES):
         # shares end at 1, and so do the ticks
         bottom = min(ax.get_ylim()[0], 0.95)
         ax.set_ylim(bottom, 1 + 0.04 * (1 - bottom))
+
+
+def grid_of(tasks: Iterable[str], more: list[Panel]) -> list[list[tuple[str, Panel]]]:
+    """One column: the return on each task, and more, whose columns are the same for all tasks."""
+    grid = []
+    for task in tasks:
+        label = f"{task}\nreturn" if task else RETURN.label
+        grid.append([(task, Panel(label, RETURN.columns))])
+    first = grid[0][0][0]
+    return grid + [[(first, panel)] for panel in more]
 
 
 def draw_stretches(ax, stretches: list, evaluated: str, named: bool) -> None:
@@ -320,6 +251,29 @@ def draw_stretches(ax, stretches: list, evaluated: str, named: bool) -> None:
             ax.text(middle, 1.02, task, transform=ax.get_xaxis_transform(), **style)
 
 
+def draw_grid(part, places, content: Content, fontsize: int = 10) -> None:
+    """Axes of one column share their steps."""
+    grid = content.grid
+    axes = np.empty((len(grid), len(grid[0])), dtype=object)
+    for (i, j), _ in np.ndenumerate(axes):
+        task, panel = grid[i][j]
+        ax = part.add_subplot(places[i, j], sharex=axes[0, j])
+        axes[i, j] = ax
+        draw_panel(ax, content, task, panel)
+        if content.stretches:
+            evaluated = task if panel.columns == RETURN.columns else ""
+            draw_stretches(ax, content.stretches, evaluated, named=i == 0)
+        elif i == 0:
+            ax.set_title(task, fontsize=11)
+        if j == 0:
+            ax.set_ylabel(panel.label, fontsize=fontsize)
+        if i == len(grid) - 1:
+            ax.set_xlabel(content.steps)
+        ax.tick_params(labelbottom=i == len(grid) - 1)
+    part.align_ylabels(axes[:, 0])
+
+
+# --- pictures -----------------------------------------------------------------
 def canvas(width: float, height: float, text: str) -> tuple:
     """A figure (inches) with `text` wrapped below: the figure, and the part to draw in."""
     if not text:
@@ -331,6 +285,35 @@ def canvas(width: float, height: float, text: str) -> tuple:
     upper, lower = figure.subfigures(2, 1, height_ratios=[height, below])
     lower.text(0.01, 0.98, "\n".join(lines), fontsize=8, va="top")
     return figure, upper
+
+
+def handles_of(content: Content) -> list:
+    """Of the legend."""
+    handles = []
+    for label, colour in zip(content.runs, COLOURS, strict=False):
+        handles.append(Line2D([], [], color=colour, linewidth=2, label=label))
+    if any(len(panel.columns) > 1 for ((_, panel), *_) in content.grid):
+        for name, style in NETWORKS.items():
+            line = Line2D([], [], color="grey", linewidth=2, linestyle=style, label=name)
+            handles.append(line)
+    if content.stretches:
+        handles.append(Patch(color="black", alpha=0.08, linewidth=0, label="the task is trained"))
+    return handles
+
+
+def picture(content: Content, title: str, note: str, widths: list[float], height: float, **font):
+    """Panels of these inches, the legend and a note below.
+
+    Returns: figure, and a cell as high as the panels for each width that they leave.
+    """
+    figure, part = canvas(sum(widths), height, note)
+    places = part.add_gridspec(len(content.grid), len(widths), width_ratios=widths)
+    draw_grid(part, places, content, **font)
+    handles = handles_of(content)
+    part.suptitle(title)
+    ncols = min(len(handles), 3 + len(content.grid[0]))
+    part.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
+    return figure, part, places
 
 
 # --- files --------------------------------------------------------------------
@@ -346,19 +329,15 @@ def check_picture(out: Path, ending: str = ".png", flag: str = "--out") -> None:
         die(f"{flag} must end in {ending}, got {out}")
 
 
-def settle(figure: Figure) -> None:
-    """Lays the figure out for good, at round places: the last bits differ from time to time."""
+def save(figure: Figure, file: Path) -> None:
+    """The same figure gives the same file, byte for byte."""
+    # laid out for good, at round places: the last bits differ from time to time
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for part in figure.subfigs:
         part.bbox_relative.set_points(np.round(part.bbox_relative.get_points(), 6))
     for ax in figure.get_axes():
         ax.set_position(np.round(ax.get_position().bounds, 6))
-
-
-def save(figure: Figure, file: Path) -> None:
-    """The same figure gives the same file, byte for byte."""
-    settle(figure)
     with matplotlib.rc_context({"svg.hashsalt": "same"}):
         figure.savefig(file, dpi=150, metadata={"Date": None})
 

@@ -1,69 +1,52 @@
-"""The figures of matrix.py: curves, aggregate, caption and table. Commands of plot.py.
-
-Statistics as recommended by Agarwal et al. (2021), Deep Reinforcement Learning at the Edge of the
-Statistical Precipice: interquartile means with 95% intervals of a bootstrap that is stratified by
-task, here with SciPy.
-"""
+"""The figures of matrix.py: curves, aggregate, caption and table. Commands of plot.py."""
 
 import functools
+import itertools
 import textwrap
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 import drawing
 import matrix
-from drawing import COLOURS, COLUMNS, Panel, Seed
-from estimates import ratio_of_spreads, versus
+from drawing import COLOURS, Panel, markdown
+from estimates import aggregate, iqm, ratio_of_spreads, versus
 
-RETURN = "eval/return_mean"
-RESAMPLES = 2_000
+(RETURN,) = drawing.RETURN.columns
 FEW = 4  # fewer seeds have no interval that means 95%
-COMPARED = (  # (words after the task, column, format) of the second table
-    ("", RETURN, "z,.0f"),
-    (", critics' active ratio", "ne/critic/active_ratio_0.1", "z.2f"),  # z: no "-0.00"
-)
 
 
 class Results(NamedTuple):
-    """What there is of a figure. `runs` has every method and task, be it with an empty list."""
+    """What there is of a figure."""
 
     figure: matrix.Figure
-    methods: tuple[str, ...]
+    reference: str  # label of the method that the others are compared with
     tasks: tuple[str, ...]
     seeds: int  # wanted of each
-    runs: dict[str, dict[str, list[Seed]]]  # {method: {task: runs}}
+    runs: drawing.Runs  # every label and task, be it with an empty list
+    finished: drawing.Runs  # those that are as long as the longest on their task
     stretches: list[tuple[float, float, str]]  # of a sequence of tasks: when each was trained
-
-    def label(self, method: str) -> str:
-        return matrix.METHODS[method].label
 
     @property
     def wanted(self) -> str:
         return "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
 
-    def end(self, task: str) -> float:
-        """Last step of the longest run on a task; shorter ones are unfinished. 0 without runs."""
-        ends = [0.0]
-        for method in self.methods:
-            ends += [run["step"][-1] for run in self.runs[method][task]]
-        return max(ends)
+    def final(self, task: str, column: str) -> dict[str, np.ndarray]:
+        """{label: (seeds,)}: mean of a column over the last tenth of each finished run."""
+        means = {}
+        for label, own in self.finished.items():
+            late = [run[column][run["step"] >= 0.9 * run["step"][-1]] for run in own[task]]
+            means[label] = np.array([rows.mean() for rows in late])
+        return means
 
-    def finished(self, method: str, task: str) -> list[Seed]:
-        end = self.end(task)
-        return [run for run in self.runs[method][task] if run["step"][-1] == end]
-
-    def final(self, method: str, task: str, column: str) -> np.ndarray:
-        """Mean of a column over the last tenth of each finished run, (seeds,)."""
-        means = []
-        for run in self.finished(method, task):
-            late = run["step"] >= 0.9 * run["step"][-1]
-            means.append(np.mean(run[column][late]))
-        return np.array(means)
+    def is_few(self) -> bool:
+        """Whether a method that has finished runs on a task has few."""
+        counts = []
+        for own in self.finished.values():
+            counts += map(len, own.values())
+        return min(filter(None, counts)) < FEW
 
 
 # --- reading ------------------------------------------------------------------
@@ -76,251 +59,160 @@ def find(folders: tuple[Path, ...], run: matrix.Run) -> Path | None:
     return None
 
 
-def columns_of(figure: matrix.Figure) -> list[str]:
-    """What is read: the columns of the table and those that the figure draws."""
-    columns = ["step", *COLUMNS]
-    for _, own in figure.panels:
-        columns += own
-    return list(dict.fromkeys(columns))
-
-
-def read(name: str, methods: tuple, tasks: tuple, seeds: int, folders: tuple) -> Results:
+def read(name: str, chosen: matrix.Choice, reference: str, folders: tuple[Path, ...]) -> Results:
     """Raises: SystemExit(2) where there is nothing to draw."""
     figure = matrix.FIGURES[name]
-    files = []
-    for run in matrix.runs_of("full", seeds, tasks, methods):
+    columns = [*drawing.COLUMNS]
+    for _, own in figure.panels:
+        columns += own
+    found = []
+    for run in matrix.runs_of("full", chosen.seeds, chosen.tasks, chosen.methods):
         file = find(folders, run)
         if file is not None:
-            files.append((run, file))
-    if not files:
+            found.append((run, drawing.read_run(file, columns)))
+    if not found:
         places = ", ".join(map(str, folders))
         drawing.die(f"there are no results of {name} in {places}; make them with benchmark/run.py")
-    columns = columns_of(figure)
-    found = []  # (method, task, rows)
+    tasks = chosen.tasks
     stretches = []
     if tasks == matrix.CONTINUAL:
-        tasks = ()
-        for run, file in files:
-            sequence = drawing.read_continual(file, columns)
-            found += [(run.name, task, rows) for task, rows in sequence.tasks.items()]
-            if not stretches or sequence.stretches[-1][1] > stretches[-1][1]:
-                stretches = sequence.stretches
-                tasks = tuple(sequence.tasks)
-    else:
-        found = [(run.name, run.task, drawing.read_results(file, columns)) for run, file in files]
-    runs = {}
-    for method in methods:
-        runs[method] = {task: [] for task in tasks}
-    for method, task, rows in found:
-        runs[method][task].append(rows)
-    return Results(figure, methods, tasks, seeds, runs, stretches)
+        _, longest = max(found, key=lambda own: own[1].end)
+        tasks = tuple(longest.tasks)
+        stretches = longest.stretches
+    runs: drawing.Runs = {}
+    for method in chosen.methods:
+        runs[matrix.METHODS[method].label] = {task: [] for task in tasks}
+    ends = dict.fromkeys(tasks, 0)
+    for run, own in found:
+        for task, seed in own.tasks.items():
+            runs[matrix.METHODS[run.name].label][task or run.task].append(seed)
+            ends[task or run.task] = max(ends[task or run.task], own.end)
+    finished: drawing.Runs = {label: {} for label in runs}
+    for label, task in itertools.product(runs, tasks):
+        finished[label][task] = [r for r in runs[label][task] if r["step"][-1] == ends[task]]
+    label = matrix.METHODS[reference].label
+    return Results(figure, label, tasks, chosen.seeds, runs, finished, stretches)
 
 
-# --- statistics ---------------------------------------------------------------
-def iqm(*tasks: np.ndarray, axis: int) -> np.ndarray:
-    """Interquartile mean over the seeds of all tasks, (..., seeds) each; of up to three: mean."""
-    # here, as it takes a second that the other commands of plot.py need not wait
-    from scipy.stats import trim_mean
+def normalised(results: Results) -> dict[str, dict[str, np.ndarray]]:
+    """{task: {label: (seeds,)}}: final returns in those of the reference.
 
-    return trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)
-
-
-def interval(*tasks: np.ndarray) -> np.ndarray:
-    """Bounds (2, ...) of the 95% interval of the interquartile mean of (seeds, ...).
-
-    Seeds are drawn anew within each task. NaN where a task has one seed only, or no value, as the
-    active ratios before the first update.
+    Of the methods that have finished runs, and of the tasks on which all of these have some, and
+    the reference a positive return.
     """
-    from scipy.stats import DegenerateDataWarning, bootstrap
-
-    if min(len(scores) for scores in tasks) < 2:
-        return np.full((2, *tasks[0].shape[1:]), np.nan)
-    with warnings.catch_warnings(action="ignore", category=DegenerateDataWarning):  # of the NaN
-        result = bootstrap(
-            tasks,
-            iqm,
-            axis=0,
-            method="percentile",
-            n_resamples=RESAMPLES,
-            rng=np.random.default_rng(0),
-        )
-    return np.stack(result.confidence_interval)
+    returns = {task: results.final(task, RETURN) for task in results.tasks}
+    labels = [label for label in results.runs if any(results.finished[label].values())]
+    scores = {}
+    for task, own in returns.items():
+        one = aggregate([own.get(results.reference, ())]).value
+        if one > 0 and all(len(own[label]) for label in labels):
+            scores[task] = {label: own[label] / one for label in labels}
+    return scores
 
 
-def final_returns(results: Results) -> dict[str, dict[str, np.ndarray]]:
-    """{method: {task: (seeds,)}} of the methods that have a finished run."""
-    returns = {}
-    for method in results.methods:
-        own = {task: results.final(method, task, RETURN) for task in results.tasks}
-        if any(len(scores) for scores in own.values()):
-            returns[method] = own
-    return returns
-
-
-def normalised(results: Results) -> tuple[dict[str, list[np.ndarray]], list[str]]:
-    """Final returns in those of the reference, and the tasks that they are of.
-
-    These are the tasks on which every method with finished runs has some, and the reference a
-    positive return; without such a task both results are empty.
-
-    Returns: {method: [(seeds,) of each task]}, tasks.
-    """
-    returns = final_returns(results)
-    reference = {}
-    for task, scores in returns.get(results.figure.reference, {}).items():
-        everywhere = all(len(own[task]) for own in returns.values())
-        if everywhere and iqm(scores, axis=0) > 0:
-            reference[task] = iqm(scores, axis=0)
-    if not reference:
-        return {}, []
-    ratios = {}
-    for method, own in returns.items():
-        ratios[method] = [own[task] / reference[task] for task in reference]
-    return ratios, list(reference)
+def scores_of(scores: dict[str, dict[str, np.ndarray]], label: str) -> list[np.ndarray]:
+    """(seeds,) of each task."""
+    return [own[label] for own in scores.values() if label in own]
 
 
 # --- words --------------------------------------------------------------------
-def gaps_of(results: Results, method: str, task: str) -> str:
-    """What a method lacks on a task, or nothing."""
-    runs = results.runs[method][task]
-    whole = len(results.finished(method, task))
-    said = []
-    if whole != results.seeds:
-        said.append(f"{whole or 'none'} of {results.wanted}")
-    if len(runs) > whole:
-        ends = {run["step"][-1] for run in runs} - {results.end(task)}
-        steps = " and ".join(drawing.step_label(end) for end in sorted(ends))
-        said.append(f"{len(runs) - whole} more up to step {steps}")
-    return ", ".join(said)
-
-
 def missing(results: Results) -> list[str]:
-    """What a figure from partial data does not show, equal cases together."""
-    tasks_of: dict[tuple[str, str], list[str]] = {}  # {(methods, what they lack): tasks}
+    """What a figure from partial data does not show, and what it has and was not asked for."""
+    said = []
     for task in results.tasks:
-        who: dict[str, list[str]] = {}
-        for method in results.methods:
-            gaps = gaps_of(results, method, task)
-            if gaps:
-                who.setdefault(gaps, []).append(results.label(method))
-        for gaps, labels in who.items():
-            names = ", ".join(labels)
-            if len(labels) == len(results.methods):
-                names = "all methods"
-            tasks_of.setdefault((names, gaps), []).append(task)
-    return [f"{names}: {gaps} on {', '.join(on)}" for (names, gaps), on in tasks_of.items()]
-
-
-def left_out(results: Results) -> list[str]:
-    """What the figure has and was not asked for."""
-    gaps = []
+        lacking = []
+        for label, own in results.runs.items():
+            whole = len(results.finished[label][task])
+            unfinished = len(own[task]) - whole
+            if whole < results.seeds:
+                lacking.append(f"{label} {whole}")
+            if unfinished:
+                lacking[-1] += f" ({unfinished} more unfinished)"
+        if lacking:
+            said.append(f"of {results.wanted} on {task}: {', '.join(lacking)}")
     absent = []
     if not results.stretches:
         absent += [task for task in results.figure.tasks if task not in results.tasks]
-    methods = [method for method in results.figure.methods if method not in results.methods]
-    absent += [results.label(method) for method in methods]
+    labels = [matrix.METHODS[method].label for method in results.figure.methods]
+    absent += [label for label in labels if label not in results.runs]
     if absent:
-        gaps.append(f"left out: {', '.join(absent)}")
+        said.append(f"left out: {', '.join(absent)}")
     if results.seeds < matrix.SEEDS:
-        gaps.append(f"{results.wanted} instead of {matrix.SEEDS}")
-    return gaps
+        said.append(f"{results.wanted} instead of {matrix.SEEDS}")
+    return said
 
 
-def fewest(results: Results) -> int:
-    """The least number of finished runs of those that have any."""
-    counts = []
-    for method in results.methods:
-        for task in results.tasks:
-            counts.append(len(results.finished(method, task)))
-    return min(count for count in counts if count > 0)
-
-
-def caption(results: Results, tasks: list[str]) -> str:
-    """What is shown and what is missing; `tasks` are those of the aggregate."""
-    if crowded(results):
+def caption(results: Results) -> str:
+    """What is shown and what is missing."""
+    tasks = list(normalised(results))  # of the bars
+    crowded = len(results.runs) > drawing.CROWD
+    few = results.is_few()
+    if crowded:
         text = "Lines: interquartile mean over seeds. "
     else:
         text = "Thick: interquartile mean over seeds, shaded: its 95% interval (stratified "
         text += "bootstrap), thin: single seeds. "
-    few = fewest(results) < FEW
     if few:
         text += "Of fewer than four values it is the plain mean"
-        text += ". " if crowded(results) else " and the shaded interval their range. "
-    reference = results.label(results.figure.reference)
+        text += ". " if crowded else " and the shaded interval their range. "
     if tasks:
         text += "Bars: mean return over the last tenth of a run"
         if few:
             text += ", dots: single seeds"
-        elif crowded(results):
+        elif crowded:
             text += ", with its 95% interval (stratified bootstrap)"
-        text += f", divided by {reference}'s, which is taken as known"
+        text += f", divided by {results.reference}'s, which is taken as known"
         text += ". " if tasks == list(results.tasks) else f", on {', '.join(tasks)} only. "
     else:
         text += "No bars: no task has finished runs of all methods shown and a positive return of "
-        text += f"{reference}. "
-    gaps = missing(results) + left_out(results)
+        text += f"{results.reference}. "
+    gaps = missing(results)
     if not gaps:
         return text + "Nothing is missing."
     return text + f"MISSING: {'; '.join(gaps)}."
 
 
-def number(scores: list[np.ndarray], digits: int = 0) -> str:
-    """Interquartile mean and interval of the scores of one or several tasks."""
-    if not all(map(len, scores)):
-        return "–"
-    low, high = interval(*scores)
-    text = f"{iqm(*scores, axis=0):,.{digits}f}"
-    if np.isnan(low):
-        return text
-    return f"{text} [{low:,.{digits}f}, {high:,.{digits}f}]"
-
-
-def share(results: Results, method: str, column: str) -> str:
-    """Interquartile mean of a column over the finished runs of all tasks."""
-    values = [results.final(method, task, column) for task in results.tasks]
-    pooled = np.concatenate(values)
-    return f"{iqm(pooled, axis=0):.2f}" if len(pooled) else "–"
+# --- tables -------------------------------------------------------------------
+def shares(results: Results, label: str, panel: Panel) -> str:
+    """Interquartile means of the panel's columns over the finished runs of all tasks."""
+    cells = []
+    for column in panel.columns:
+        pooled = np.concatenate([results.final(task, column)[label] for task in results.tasks])
+        cells.append(f"{iqm(pooled):.2f}" if len(pooled) else "–")
+    return " / ".join(cells)
 
 
 def table(results: Results) -> str:
     """Markdown: final return on each task, aggregate, active ratios and density."""
-    scores, _ = normalised(results)
-    head = ["", *results.tasks, f"normalised by {results.label(results.figure.reference)}"]
+    scores = normalised(results)
+    head = ["", *results.tasks, f"normalised by {results.reference}"]
     head += ["active ratio τ = 0.1, critics / actor", "density, critics / actor", "seeds"]
     lines = []
-    for method in results.methods:
-        line = [results.label(method)]
+    for label in results.runs:
+        line = [label]
         for task in results.tasks:
-            line.append(number([results.final(method, task, RETURN)]))
-        line.append(number(scores[method], 2) if method in scores else "–")
-        for columns in (drawing.RATIO.columns, drawing.DENSITY.columns):
-            line.append(" / ".join(share(results, method, column) for column in columns))
-        seeds = [str(len(results.finished(method, task))) for task in results.tasks]
-        if len(set(seeds)) == 1:
-            seeds = seeds[:1]
-        line.append(", ".join(seeds))
+            line.append(f"{aggregate([results.final(task, RETURN)[label]]):,.0f}")
+        line.append(f"{aggregate(scores_of(scores, label)):.2f}")
+        line.append(shares(results, label, drawing.RATIO))
+        line.append(shares(results, label, drawing.DENSITY))
+        line.append(", ".join(str(len(runs)) for runs in results.finished[label].values()))
         lines.append(line)
-    return drawing.markdown(head, lines)
+    return markdown(head, lines)
 
 
-def differences(results: Results) -> str:
-    """Markdown: final values minus the reference's on each task, of plain means.
+def differences(columns: list[tuple], reference: str) -> str:
+    """Markdown: differences from the reference, for columns (title, {label: (seeds,)}, format).
 
     p is of no difference, corrected for the number of methods (Holm).
     """
-    reference = results.figure.reference
-    if reference not in results.methods:
-        return ""
     head = ["95% interval (Welch)"]
-    cells = {method: [results.label(method)] for method in results.methods}
-    for task in results.tasks:
-        for title, column, spec in COMPARED:
-            head += [f"{task}{title}, minus {results.label(reference)}", "p"]
-            values = {method: results.final(method, task, column) for method in cells}
-            for method, own in versus(values, reference, spec).items():
-                cells[method] += own
-    del cells[reference]
-    return drawing.markdown(head, cells.values())
+    cells = {label: [label] for label in columns[0][1] if label != reference}
+    for title, values, spec in columns:
+        head += [f"{title}, minus {reference}", "p"]
+        compared = versus(values, reference, spec)
+        for label, row in cells.items():
+            row += compared[label]
+    return markdown(head, cells.values())
 
 
 def spreads(results: Results) -> str:
@@ -328,138 +220,85 @@ def spreads(results: Results) -> str:
 
     The interval is of an F test, p of Levene's, corrected for the number of methods (Holm).
     """
-    reference = results.figure.reference
-    if reference not in results.methods:
-        return ""
     head = ["standard deviation over seeds, 95% interval (F test), p (Levene)"]
-    cells = {method: [results.label(method)] for method in results.methods}
+    cells = {label: [label] for label in results.runs}
     for task in results.tasks:
-        head += [task, f"divided by {results.label(reference)}'s", "p"]
-        values = {method: results.final(method, task, RETURN) for method in cells}
-        ratios = versus(values, reference, ".2f", ratio_of_spreads)
-        for method, own in values.items():
+        head += [task, f"divided by {results.reference}'s", "p"]
+        values = results.final(task, RETURN)
+        ratios = versus(values, results.reference, ".2f", ratio_of_spreads)
+        for label, own in values.items():
             spread = f"{own.std(ddof=1):,.0f}" if len(own) > 1 else "–"
-            cells[method] += [spread, *ratios[method]]
-    return drawing.markdown(head, cells.values())
+            cells[label] += [spread, *ratios[label]]
+    return markdown(head, cells.values())
+
+
+def page_of(results: Results) -> str:
+    """All tables, and the caption."""
+    tables = [table(results)]
+    if results.reference in results.runs:
+        columns = []
+        for task in results.tasks:
+            columns.append((task, results.final(task, RETURN), "z,.0f"))  # z: no "-0"
+            ratios = results.final(task, drawing.RATIO.columns[0])
+            columns.append((f"{task}, critics' active ratio", ratios, "z.2f"))
+        tables += [differences(columns, results.reference), spreads(results)]
+    return "\n".join([*tables, f"{caption(results)}\n"])
 
 
 # --- drawing ------------------------------------------------------------------
-def crowded(results: Results) -> bool:
-    return len(results.methods) > drawing.CROWD
-
-
-def draw(ax, runs: list[Seed], finished: list[Seed], column: str, pen: drawing.Pen) -> None:
-    """Interquartile mean and interval of the finished runs, or of all where none is; each run."""
-    if not runs:
-        return
-    if pen.bands:
-        for run in runs:
-            drawing.draw_seed(ax, run, column, pen)
-    steps, values = drawing.on_common_steps(finished or runs, column)
-    if not len(steps):
-        return
-    if pen.bands:
-        low, high = interval(values)
-        drawing.draw_band(ax, steps, low, high, pen)
-    drawing.draw_line(ax, steps, iqm(values, axis=0), pen)
-
-
-def draw_panel(ax, results: Results, task: str, columns: tuple[str, ...]) -> None:
-    count = len(results.methods)
-    for place, method in enumerate(results.methods):
-        for column, style in zip(columns, drawing.STYLES, strict=False):
-            pen = drawing.pen_of(place, count, column, style)
-            draw(ax, results.runs[method][task], results.finished(method, task), column, pen)
-    drawing.dress(ax, columns)
-
-
-def draw_bar(ax, place: int, colour: str, scores: list[np.ndarray], few: bool) -> None:
+def draw_bar(ax, place: int, scores: list[np.ndarray], few: bool) -> None:
     """A method's aggregate with its number, and its interval or, if seeds are few, each of them."""
-    value = iqm(*scores, axis=0)
-    ax.barh(place, value, color=colour, alpha=0.4, height=0.6)
+    own = aggregate(scores)
+    ax.barh(place, own.value, color=COLOURS[place], alpha=0.4, height=0.6)
+    shown = [own.low, own.high]
     style = {"color": "black", "linewidth": 1.2, "marker": "|", "markersize": 6}
     if few:
         shown = np.concatenate(scores)
         style |= {"linewidth": 0, "marker": "o", "markersize": 3}
-    else:
-        shown = interval(*scores)
     ax.plot(shown, [place] * len(shown), **style)
     style = {"va": "center", "fontsize": 9, "textcoords": "offset points"}
-    ax.annotate(f"{value:.2f}", (0, place), (4, 0), **style)
+    ax.annotate(f"{own.value:.2f}", (0, place), (4, 0), **style)
 
 
-def draw_bars(ax, results: Results, scores: dict[str, list[np.ndarray]]) -> None:
+def draw_bars(ax, results: Results) -> None:
     """The aggregate, one bar per method; dots in all of them where one has few seeds."""
-    few = fewest(results) < FEW
-    for place, method in enumerate(results.methods):
-        if method in scores:
-            draw_bar(ax, place, COLOURS[place], scores[method], few)
+    scores = normalised(results)
+    for place, label in enumerate(results.runs):
+        if any(results.finished[label].values()):
+            draw_bar(ax, place, scores_of(scores, label), results.is_few())
         else:
             ax.text(0, place, " no finished run", va="center", fontsize=8, color="grey")
-    labels = [textwrap.fill(results.label(method), 18) for method in results.methods]
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.4, -0.6)
+    names = [textwrap.fill(label, 18) for label in results.runs]
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
     ax.axvline(1, color="grey", linewidth=0.8, linestyle=":")
-    ax.set_xlabel(f"final return, {results.label(results.figure.reference)} = 1")
+    ax.set_xlabel(f"final return, {results.reference} = 1")
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def grid_of(results: Results) -> list[list[tuple[str, Panel]]]:
-    """Rows of (task, panel): a column per task, a single one for a sequence of tasks."""
-    panels = [Panel(*panel) for panel in results.figure.panels] or drawing.panels(split=True)
-    grid = []
+def picture(results: Results) -> Figure:
+    """A column per task, a single one for a sequence of tasks, and the bars."""
+    panels = [drawing.RETURN, *drawing.apart([drawing.RATIO, drawing.DENSITY])]
+    if results.figure.panels:
+        panels = [Panel(*panel) for panel in results.figure.panels]
+    tasks = []
+    for task in results.tasks:
+        if any(own[task] for own in results.runs.values()):
+            tasks.append(task)
+    grid = [list(itertools.product(tasks, [panel])) for panel in panels]
     if results.stretches:
-        first = results.tasks[0]
-        for task in results.tasks:
-            grid.append([(task, Panel(f"{task}\nreturn", (RETURN,)))])
-        for panel in panels[1:]:
-            grid.append([(first, panel)])
-        return grid
-    tasks = [task for task in results.tasks if results.end(task)]
-    for panel in panels:
-        grid.append([(task, panel) for task in tasks])
-    return grid
-
-
-def draw_grid(part, places, results: Results, grid: list) -> None:
-    axes = np.empty((len(grid), len(grid[0])), dtype=object)
-    for i, row in enumerate(grid):
-        for j, (task, panel) in enumerate(row):
-            ax = part.add_subplot(places[i, j], sharex=axes[0, j])
-            axes[i, j] = ax
-            draw_panel(ax, results, task, panel.columns)
-            if results.stretches:
-                evaluated = task if panel.columns == (RETURN,) else ""
-                drawing.draw_stretches(ax, results.stretches, evaluated, named=i == 0)
-            elif i == 0:
-                ax.set_title(task, fontsize=11)
-            if j == 0:
-                ax.set_ylabel(panel.label, fontsize=9)
-            ax.tick_params(labelbottom=i == len(grid) - 1)
-    part.align_ylabels(axes[:, 0])
-    for ax in axes[-1]:
-        ax.set_xlabel(results.figure.steps)
-
-
-def picture(results: Results, text: str) -> Figure:
-    grid = grid_of(results)
-    scores, _ = normalised(results)
+        grid = drawing.grid_of(tasks, panels[1:])
     columns = len(grid[0])
     widths = [4.2 if columns > 1 else 6.3] * columns  # inches
-    if scores:
+    if normalised(results):
         widths.append(4.2)
-    figure, part = drawing.canvas(sum(widths), max(2.1 * len(grid), 3) + 1.3, text)
-    places = part.add_gridspec(len(grid), len(widths), width_ratios=widths)
-    draw_grid(part, places, results, grid)
-    if scores:
-        draw_bars(part.add_subplot(places[:, -1]), results, scores)
-    handles = []
-    for method, colour in zip(results.methods, COLOURS, strict=False):
-        label = results.label(method)
-        handles.append(Line2D([], [], color=colour, linewidth=2, label=label))
-    part.suptitle(results.figure.title)
-    ncols = min(len(handles), 3 + columns)
-    part.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
+    height = max(2.1 * len(grid), 3) + 1.3
+    shown = (results.runs, results.finished, results.stretches)
+    content = drawing.Content(grid, *shown, results.figure.steps)
+    title, text = results.figure.title, caption(results)
+    figure, part, places = drawing.picture(content, title, text, widths, height, fontsize=9)
+    if normalised(results):
+        draw_bars(part.add_subplot(places[:, -1]), results)
     return figure
 
 
@@ -494,21 +333,13 @@ def figure(
         chosen = matrix.choose(name, quick, short, seeds, tasks, methods)
     except ValueError as e:
         drawing.die(str(e))
+    if reference is not None and reference not in chosen.methods:
+        drawing.die(f"--reference must be of {', '.join(chosen.methods)}, got {reference}")
     folders = results or (Path("runs") / chosen.length,)
-    found = read(name, chosen.methods, chosen.tasks, chosen.seeds, folders)
-    if reference is not None:
-        if reference not in chosen.methods:
-            known = ", ".join(chosen.methods)
-            drawing.die(f"--reference must be of {known}, got {reference}")
-        found = found._replace(figure=found.figure._replace(reference=reference))
-    text = caption(found, normalised(found)[1])
-    save = functools.partial(drawing.save, picture(found, text))
-    page = "\n".join([table(found), differences(found), spreads(found), f"{text}\n"])
+    reference = reference or matrix.FIGURES[name].reference
+    found = read(name, chosen, reference, folders)
+    page = page_of(found)
+    save = functools.partial(drawing.save, picture(found))
     files = {out: save, out.with_suffix(".svg"): save}
     files[out.with_suffix(".md")] = lambda file: file.write_text(page)
     drawing.write(files)
-
-
-SUBCOMMANDS = {}
-for _name in matrix.FIGURES:
-    SUBCOMMANDS[_name] = functools.partial(figure, _name)

@@ -8,90 +8,58 @@ Run:   python benchmark/plot.py curves "NE=runs/a,runs/b" "TD3=runs/c" --out cur
 """
 
 import functools
-import importlib
-import signal
+import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from tyro.conf import Positional
 
 import drawing
 import figures
+import matrix
 import topology_picture
-from drawing import Seed, die
-from estimates import estimate, versus
+from estimates import estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def draw(ax, seeds: list[Seed], column: str, pen: drawing.Pen) -> None:
-    """Mean over seeds, thick; of several seeds also each, faint, and their range, shaded."""
-    steps, values = drawing.on_common_steps(seeds, column)
-    if len(seeds) > 1 and pen.bands:
-        drawing.draw_band(ax, steps, values.min(0), values.max(0), pen)
-        for seed in seeds:
-            drawing.draw_seed(ax, seed, column, pen)
-    drawing.draw_line(ax, steps, values.mean(0), pen)
+def metrics_page(labels: dict[str, list[drawing.Run]], end: float) -> str:
+    """Markdown: returns and metrics of the runs that are at the last step.
 
-
-def draw_panel(ax, labels: dict[str, list[Seed]], panel: drawing.Panel, bands: bool = True) -> None:
-    """One panel: the columns of every label, the first solid and the second dashed."""
-    for place, (label, seeds) in enumerate(labels.items()):
-        steps, _ = drawing.on_common_steps(seeds, panel.columns[0])
-        if not len(steps):
-            die(f"the seeds of {label} have no step in common")
-        for column, style in zip(panel.columns, drawing.STYLES, strict=False):
-            pen = drawing.pen_of(place, len(labels), column, style)
-            draw(ax, seeds, column, pen._replace(bands=pen.bands and bands))
-    ax.set_ylabel(panel.label)
-    drawing.dress(ax, panel.columns)
-
-
-def finish(part, axes, labels: dict[str, list], title: str, dashed: bool, more: tuple = ()) -> None:
-    """What all panels have in common; with `dashed` the legend says whose lines are dashed.
-
-    `more` are further handles of the legend.
+    Means over tasks, returns also by task; and differences from the first label (Welch, Holm).
     """
-    part.align_ylabels(axes)
-    handles = []
-    for label, colour in zip(labels, drawing.COLOURS, strict=False):
-        handles.append(Line2D([], [], color=colour, linewidth=2, label=label))
-    if dashed:
-        for name, style in zip(("critics", "actor"), drawing.STYLES, strict=True):
-            line = Line2D([], [], color="grey", linewidth=2, linestyle=style, label=name)
-            handles.append(line)
-    handles += more
-    part.suptitle(title)
-    columns = min(len(handles), 4)
-    part.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    sys.path.insert(0, str(ROOT))
+    from ne_td3_continual import continual_metrics  # takes seconds that other runs need not wait
 
-
-def files_of(figure: Figure, out: Path, svg: bool) -> dict:
-    """For drawing.write."""
-    save = functools.partial(drawing.save, figure)
-    files = {out: save}
-    if svg:
-        files[out.with_suffix(".svg")] = save
-    return files
-
-
-def any_frames(runs: tuple[str, ...]) -> bool:
-    """Whether a run says itself that it is from pixels."""
-    files = []
-    for own in drawing.files_of(list(runs)).values():
-        files += own
-    return any(drawing.counts_frames(file) for file in files)
+    values: dict[str, dict] = {}  # {metric: {label: (seeds,)}}
+    for label, seeds in labels.items():
+        for run in seeds:
+            if run.end < end:
+                continue
+            metrics = continual_metrics(run.rows)
+            returns = metrics["average performance"]
+            own = {f"return on {task}": returns[task] for task in run.tasks}
+            own |= {name: metrics[name]["mean"] for name in metrics}
+            for name, value in own.items():
+                seen = values.setdefault(name, {}).get(label, [])
+                values[name][label] = np.append(seen, value)
+    rows = []
+    for label, seeds in values["average performance"].items():
+        cells = [f"{estimate([own[label]]):z,.0f}" for own in values.values()]  # z: no "-0"
+        rows.append([label, *cells, str(len(seeds))])
+    page = drawing.markdown(["mean, 95% interval", *values, "seeds"], rows)
+    if len(rows) > 1:
+        columns = [(name, own, "z,.0f") for name, own in values.items()]
+        page += "\n" + figures.differences(columns, rows[0][0])
+    return page
 
 
 def curves(
     runs: Positional[tuple[str, ...]],
     /,
-    out: Path = Path("curves.png"),
+    out: Path,
     title: str = "",
     note: str = "",
     split: bool = False,
@@ -100,9 +68,13 @@ def curves(
 ):
     """Evaluation return, active ratio and density over environment steps.
 
+    Of runs over a sequence of tasks: return on every task and active ratio (Figures 8 and 9), and
+    beside the PNG a table of the returns at the end and the metrics of a sequence
+    (docs/ne_td3_continual.md), of the runs that have come as far as the longest.
+
     Args:
         runs: LABEL=PATH[,PATH...]; a PATH is a run's folder, a CSV file or a glob; several are
-            seeds of one label, which ends at the first = after which all paths exist
+            seeds of one label, which ends at the first =
         out: where the PNG goes
         title: title of the figure
         note: a sentence below the figure
@@ -112,134 +84,41 @@ def curves(
         svg: also write an SVG beside the PNG
     """
     drawing.check_picture(out)
-    labels = drawing.read_runs(list(runs), drawing.COLUMNS)
-    panels = drawing.panels(split)
-    figure, part = drawing.canvas(7, 2.4 * len(panels) + 0.8, note)
-    axes = part.subplots(len(panels), sharex=True)
-    for ax, panel in zip(axes, panels, strict=True):
-        draw_panel(ax, labels, panel)
-    frames = frames or any_frames(runs)
-    axes[-1].set_xlabel("environment frames" if frames else "environment steps")
-    finish(part, axes, labels, title, not split)
-    drawing.write(files_of(figure, out, svg))
-
-
-def require_same_tasks(runs: list[drawing.Continual]) -> None:
-    """Raises: SystemExit(2)."""
-    sequences = dict.fromkeys(", ".join(run.tasks) for run in runs)
-    if len(sequences) > 1:
-        die(f"all runs must have the same tasks, got {' and '.join(sequences)}")
-
-
-def metrics_of(labels: dict[str, list[drawing.Continual]], last: float) -> dict[str, dict]:
-    """{metric: {label: (seeds,)}}, means over tasks, of the runs that are at the last step.
-
-    Returns are those at the end, by task.
-    """
-    sys.path.insert(0, str(ROOT))
-    script = importlib.import_module("ne_td3_continual")  # takes seconds, `curves` need not wait
-    values: dict[str, dict] = {}
-    for label, seeds in labels.items():
-        for run in seeds:
-            if run.stretches[-1][1] < last:
-                continue
-            metrics = script.continual_metrics(run.rows)
-            returns = metrics["average performance"]
-            own = {f"return on {task}": returns[task] for task in run.tasks}
-            own |= {name: metrics[name]["mean"] for name in metrics}
-            for name, value in own.items():
-                values.setdefault(name, {}).setdefault(label, []).append(value)
-    for own in values.values():
-        own.update({label: np.array(seeds) for label, seeds in own.items()})
-    return values
-
-
-def metrics_page(values: dict[str, dict]) -> str:
-    """Markdown: means over seeds, and differences from the first label (Welch, Holm)."""
-    labels = list(values["average performance"])  # every metric has all of them
-    first = labels[0]
-    means_head = ["mean, 95% interval", *values, "seeds"]
-    means = []
-    for label in labels:
-        seeds = [own[label] for own in values.values()]
-        cells = [f"{estimate([own]):z,.0f}" for own in seeds]
-        means.append([label, *cells, str(len(seeds[0]))])
-    head = ["95% interval (Welch)"]
-    rows = {label: [label] for label in labels if label != first}
-    for name, own in values.items():
-        head += [f"{name}, minus {first}", "p"]
-        compared = versus(own, first, "z,.0f")
-        for label, row in rows.items():
-            row += compared[label]
-    tables = [drawing.markdown(means_head, means)]
-    if rows:
-        tables.append(drawing.markdown(head, rows.values()))
-    return "\n".join(tables)
-
-
-def continual(
-    runs: Positional[tuple[str, ...]],
-    /,
-    out: Path = Path("continual.png"),
-    title: str = "",
-    note: str = "",
-    svg: bool = False,
-):
-    """Return on every task and active ratio over a sequence of tasks (Figures 8 and 9).
-
-    Beside the PNG goes a table of the returns at the end and the metrics of a sequence
-    (docs/ne_td3_continual.md), of the runs that have come as far as the longest.
-
-    Args:
-        runs: LABEL=PATH[,PATH...]; a PATH is a run's folder, a CSV file or a glob; several are
-            seeds of one label, which ends at the first = after which all paths exist
-        out: where the PNG goes
-        title: title of the figure
-        note: a sentence below the figure
-        svg: also write an SVG beside the PNG
-    """
-    drawing.check_picture(out)
-    columns = [*drawing.RETURN.columns, *drawing.RATIO.columns]
-    labels = drawing.read_runs(list(runs), columns, drawing.read_continual)
-    every = []
-    for seeds in labels.values():
-        every += seeds
-    require_same_tasks(every)
-    longest = max(every, key=lambda run: run.stretches[-1][1])  # draws the boundaries
-    tasks = list(longest.tasks)
-
-    figure, part = drawing.canvas(9, 2 * len(tasks) + 4, note)
-    axes = part.subplots(len(tasks) + 1, sharex=True)
-    for ax, task in zip(axes, tasks, strict=False):
-        own = {}
-        for label, seeds in labels.items():
-            own[label] = [run.tasks[task] for run in seeds]
-        draw_panel(ax, own, drawing.Panel(f"{task}\nreturn", drawing.RETURN.columns))
-        drawing.draw_stretches(ax, longest.stretches, task, named=ax is axes[0])
-    # the same in the rows of all tasks; means only, as it has two lines per label
-    draw_panel(axes[-1], own, drawing.RATIO, bands=False)
-    drawing.draw_stretches(axes[-1], longest.stretches, "", named=False)
-    axes[-1].set_xlabel("environment steps")
-    shade = Patch(color="black", alpha=0.08, linewidth=0, label="the task is trained")
-    finish(part, axes, labels, title, dashed=True, more=(shade,))
-    files = files_of(figure, out, svg)
-    if len(longest.stretches) >= len(tasks):
-        page = metrics_page(metrics_of(labels, longest.stretches[-1][1]))
+    labels = drawing.read_runs(runs)
+    every = list(itertools.chain(*labels.values()))
+    longest = max(every, key=lambda run: run.end)
+    frames = frames or any(run.frames for run in every)
+    steps = "environment frames" if frames else "environment steps"
+    panels = [drawing.RATIO] if longest.stretches else [drawing.RATIO, drawing.DENSITY]
+    if split:
+        panels = drawing.apart(panels)
+    grid = drawing.grid_of(longest.tasks, panels)
+    width, height = 7, 2.4 * len(grid) + 0.8  # inches
+    if longest.stretches:
+        width, height = 9, 2 * len(grid) + 2
+    seeds: drawing.Runs = {label: {} for label in labels}
+    for label, task in itertools.product(labels, longest.tasks):
+        seeds[label][task] = [run.tasks[task] for run in labels[label]]
+    content = drawing.Content(grid, seeds, seeds, longest.stretches, steps)
+    figure, _, _ = drawing.picture(content, title, note, [width], height)
+    files = {out: functools.partial(drawing.save, figure)}
+    if svg:
+        files[out.with_suffix(".svg")] = files[out]
+    if len(longest.stretches) >= len(longest.tasks):
+        page = metrics_page(labels, longest.end)
         files[out.with_suffix(".md")] = lambda file: file.write_text(page)
     drawing.write(files)
 
 
 def main() -> None:
-    commands = {"curves": curves, "continual": continual}
+    commands = {}
+    for name in ("curves", "continual"):
+        commands[name] = functools.partial(curves, out=Path(f"{name}.png"))
     commands["topology"] = topology_picture.topology
-    for name, figure in figures.SUBCOMMANDS.items():
-        commands[name] = figure
+    for name in matrix.FIGURES:
+        commands[name] = functools.partial(figures.figure, name)
     tyro.extras.subcommand_cli_from_dict(commands)
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name may not be printable
     main()

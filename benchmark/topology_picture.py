@@ -7,7 +7,6 @@ active connection; N counts layers, the critic's those of both critics one after
 import functools
 import io
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
@@ -18,130 +17,74 @@ from tyro.conf import Positional
 import drawing
 from drawing import COLOURS, die
 
-NETWORKS = ("actor", "critic")
+NETWORKS = {"actor": "--", "critic": "-"}  # line styles
+COLUMNS = ["eval/return_mean", "ne/review_epsilon", "ne/review_share"]
+for _network in NETWORKS:
+    COLUMNS += [f"ne/{_network}/{name}" for name in ("dormant", "grown", "pruned")]
 GIF_FRAMES = 20  # so that a page that shows it loads fast
 
-Masks = dict[str, list[dict[int, np.ndarray]]]  # {network: [of each layer: {step: (out, in)}]}
+Layer = dict[int, np.ndarray]  # {step: mask (out, in), True where a connection is}
 
 
-class RunData(NamedTuple):
-    rows: drawing.Seed
-    returns: dict[str, np.ndarray]  # {task evaluated: (rows,)}
-    masks: Masks
+def read_masks(folder: Path) -> dict[str, list[Layer]]:
+    """Layers of actor and critic 1, at the steps that all have.
 
-    def critic(self) -> list[dict[int, np.ndarray]]:
-        """The layers of critic 1, the first half."""
-        layers = self.masks["critic"]
-        return layers[: max(1, len(layers) // 2)]
-
-    def middle(self) -> dict[int, np.ndarray]:
-        """Critic 1's middle layer."""
-        layers = self.critic()
-        return layers[len(layers) // 2]
-
-
-# --- reading ------------------------------------------------------------------
-def read_events(folder: Path) -> dict[str, list]:
-    """{tag: image events} of what is under masks/. Raises: SystemExit(2) where nothing is."""
+    Raises: SystemExit(2) where there are none.
+    """
     # here, as it takes seconds that the other commands of plot.py need not wait
-    from tensorboard.backend.event_processing import event_accumulator
+    from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
-    everything = {event_accumulator.IMAGES: 0}
-    events = event_accumulator.EventAccumulator(str(folder), size_guidance=everything)
-    try:
-        events.Reload()
-        tags = events.Tags()["images"]
-        images = {tag: events.Images(tag) for tag in tags if tag.startswith("masks/")}
-    except Exception as e:  # TensorBoard and protobuf raise many kinds for a damaged file
-        reason = " ".join(str(e).split())
-        die(f"cannot read the TensorBoard events in {folder}: {reason}")
-    if not any(tag.startswith("masks/critic/") for tag in images):
-        die(f"there are no pictures of the critic's masks in the TensorBoard events of {folder}")
-    return images
-
-
-def decode(folder: Path, tag: str, event) -> np.ndarray:
-    """The mask (out, in) of an image event, 1 where a connection is. Raises: SystemExit(2)."""
-    try:
-        picture = Image.open(io.BytesIO(event.encoded_image_string))
-        pixels = np.asarray(picture.convert("L"))
-    except Exception as e:  # Pillow raises many kinds for a damaged picture
-        reason = " ".join(str(e).split())
-        die(f"{tag} of step {event.step} in {folder} is damaged: {reason}")
-    return pixels > 127
-
-
-def read_masks(folder: Path) -> Masks:
-    """Raises: SystemExit(2) where pictures are missing or damaged."""
-    images = read_events(folder)
-    masks: Masks = {}
+    events = EventAccumulator(str(folder), size_guidance={IMAGES: 0})  # 0: all of them
+    events.Reload()
+    tags = events.Tags()["images"]
+    masks: dict[str, list[Layer]] = {}
     for network in NETWORKS:
+        own = [tag for tag in tags if tag.startswith(f"masks/{network}/")]
         masks[network] = []
-        for layer in range(len(images)):
-            tag = f"masks/{network}/{layer}"
-            if tag not in images:
-                break
-            # a resumed run may have logged a step twice: the last one counts
-            layers = {event.step: decode(folder, tag, event) for event in images[tag]}
-            masks[network].append(dict(sorted(layers.items())))
+        for n in range(len(own)):
+            layer = {}
+            for event in events.Images(f"masks/{network}/{n}"):  # the last one of a step counts
+                pixels = Image.open(io.BytesIO(event.encoded_image_string)).convert("L")
+                layer[event.step] = np.asarray(pixels) > 127
+            masks[network].append(layer)
+    both = masks["critic"]
+    masks["critic"] = both[: max(1, len(both) // 2)]
+    if not both:
+        die(f"there are no pictures of the critic's masks in the TensorBoard events of {folder}")
     every = masks["actor"] + masks["critic"]
-    if any(layer.keys() != every[0].keys() for layer in every):
-        why = "it is being written just now, or damaged"
-        die(f"the layers in {folder} have pictures of different steps: {why}")
+    steps = set.intersection(*map(set, every))  # a run may be writing just now
+    for layer in every:
+        for step in set(layer) - steps:
+            del layer[step]
     return masks
 
 
-def columns_of(network: str) -> list[str]:
-    columns = []
-    for name in ("density", "dormant", "grown", "pruned"):
-        columns.append(f"ne/{network}/{name}")
-    return columns
-
-
-def read_run(folder: Path) -> RunData:
-    """Raises: SystemExit(2) for what is no run of NE."""
-    if not folder.is_dir():
-        die(f"there is no run folder {folder}")
-    file = folder / "results.csv"
-    columns = ["step", "eval/return_mean", "ne/review_epsilon", "ne/review_share"]
-    for network in NETWORKS:
-        columns += columns_of(network)
-    first = drawing.read_rows(file, columns)[0]
-    if "task_evaluated" in first:
-        tasks = drawing.read_continual(file, columns).tasks
-    else:
-        tasks = {"": drawing.read_results(file, columns)}
-    rows = next(iter(tasks.values()))  # but for the return the same for all tasks
-    returns = {task: own["eval/return_mean"] for task, own in tasks.items()}
-    return RunData(rows, returns, read_masks(folder))
+def middle(layers: list[Layer]) -> Layer:
+    return layers[len(layers) // 2]
 
 
 def per_round(steps: np.ndarray, counts: np.ndarray, rounds: list[int]) -> np.ndarray:
     """Mean per round since the row before, (rows,), of a count so far; NaN without a round."""
-    before = np.concatenate(([0.0], counts[:-1]))
     passed = np.searchsorted(rounds, steps, side="right")  # rounds up to each row
-    passed_before = np.concatenate(([0], passed[:-1]))
-    number = passed - passed_before
+    number = np.diff(passed, prepend=0)
     changes = np.full(len(steps), np.nan)
-    np.divide(counts - before, number, out=changes, where=number > 0)
+    np.divide(np.diff(counts, prepend=0), number, out=changes, where=number > 0)
     return changes
 
 
-# --- drawing ------------------------------------------------------------------
-def chosen_steps(layer: dict[int, np.ndarray]) -> list[int]:
+def chosen_steps(layer: Layer) -> list[int]:
     """Birth, a third and two thirds of what the density changes, and the end."""
     steps = list(layer)
     density = np.array([mask.mean() for mask in layer.values()])
     change = np.abs(density - density[0])
-    places = [0]
-    for share in (1 / 3, 2 / 3):
-        places.append(int(np.argmax(change >= share * change[-1])))
+    places = [np.argmax(change >= share * change[-1]) for share in (0, 1 / 3, 2 / 3)]
     places.append(len(steps) - 1)
     if len(set(places)) < 4:  # the density stays, or jumps: evenly
-        places = np.linspace(0, len(steps) - 1, 4).round().astype(int).tolist()
+        places = np.linspace(0, len(steps) - 1, 4).round().astype(int)
     return [steps[place] for place in sorted(set(places))]
 
 
+# --- drawing ------------------------------------------------------------------
 def draw_mask(ax, mask: np.ndarray, step: int) -> None:
     when = "birth" if step == 0 else f"step {drawing.step_label(step)}"
     ax.imshow(mask, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="antialiased")
@@ -150,99 +93,81 @@ def draw_mask(ax, mask: np.ndarray, step: int) -> None:
     ax.set_yticks([])
 
 
-def draw_masks(part, layer: dict[int, np.ndarray]) -> None:
-    """Critic 1's middle layer at birth and later."""
+def draw_masks(part, layer: Layer) -> None:
+    """At birth and later."""
     steps = chosen_steps(layer)
     axes = part.subplots(1, len(steps), squeeze=False)[0]
     for ax, step in zip(axes, steps, strict=True):
         draw_mask(ax, layer[step], step)
-    n_out, n_in = next(iter(layer.values())).shape
+    n_out, n_in = layer[steps[0]].shape
     axes[0].set_ylabel(f"{n_out} neurons", fontsize=9)
     axes[0].set_xlabel(f"{n_in} inputs", fontsize=9)
     part.suptitle("Critic 1, middle layer; white: an active connection", fontsize=10)
 
 
-def draw_density(ax, run: RunData) -> None:
-    """Of each layer of critic 1 and of the actor."""
-    networks = {"critic 1": (run.critic(), "-"), "actor": (run.masks["actor"], "--")}
-    for name, (layers, style) in networks.items():
-        for n, layer in enumerate(layers):
+def draw_layers(ax, masks: dict[str, list[Layer]]) -> None:
+    for network, name in (("critic", "critic 1"), ("actor", "actor")):
+        for n, layer in enumerate(masks[network]):
             density = [mask.mean() for mask in layer.values()]
+            look = {"color": COLOURS[n % len(COLOURS)], "linestyle": NETWORKS[network]}
             label = f"{name}, layer {n + 1}"
-            colour = COLOURS[n % len(COLOURS)]
-            look = {"color": colour, "linewidth": 1.5, "drawstyle": "steps-post"}
-            ax.plot(list(layer), density, style, label=label, **look)
-    ax.set_ylim(0, 1.04)
-    ax.set_title("density per layer", fontsize=10)
+            ax.plot(list(layer), density, label=label, drawstyle="steps-post", **look)
 
 
-def draw_changes(ax, run: RunData) -> None:
-    rounds = [step for step in run.middle() if step > 0]
-    for network, style in zip(NETWORKS, ("--", "-"), strict=True):
+def draw_rows(axes: dict, rows: drawing.Seed, rounds: list[int]) -> None:
+    """What results.csv says."""
+    steps = rows["step"]
+    for network, style in NETWORKS.items():
         for name, what, colour in (("grown", "born", "#009E73"), ("pruned", "pruned", "#D55E00")):
-            counts = run.rows[f"ne/{network}/{name}"]
-            changes = per_round(run.rows["step"], counts, rounds)
-            label = f"{network}: {what}"
-            ax.plot(run.rows["step"], changes, style, color=colour, linewidth=1.5, label=label)
-    ax.set_yscale("symlog", linthresh=1)  # few are pruned, many are born
-    ax.yaxis.set_major_formatter(drawing.step_label)
-    ax.set_ylim(bottom=0)
-    ax.set_title("connections born and pruned per round", fontsize=10)
+            changes = per_round(steps, rows[f"ne/{network}/{name}"], rounds)
+            axes["changes"].plot(steps, changes, style, color=colour, label=f"{network}: {what}")
+        name = "critics" if network == "critic" else network
+        dormant = rows[f"ne/{network}/dormant"]
+        axes["dormant"].plot(steps, dormant, style, color=COLOURS[0], label=name)
+    axes["review"].plot(steps, rows["ne/review_epsilon"], color=COLOURS[0], label="ε")
+    share = rows["ne/review_share"]
+    axes["review"].plot(steps, share, color=COLOURS[1], label="share of reviews so far")
 
 
-def draw_dormant(ax, run: RunData) -> None:
-    for network, style in zip(NETWORKS, ("--", "-"), strict=True):
-        values = run.rows[f"ne/{network}/dormant"]
-        label = "critics" if network == "critic" else network
-        ax.plot(run.rows["step"], values, style, color=COLOURS[0], linewidth=1.5, label=label)
-    ax.set_ylim(bottom=0)
-    ax.set_title("dormant neurons (score 0)", fontsize=10)
-
-
-def draw_review(ax, run: RunData) -> None:
-    columns = {"ε": "ne/review_epsilon", "share of reviews so far": "ne/review_share"}
-    for (label, column), colour in zip(columns.items(), COLOURS, strict=False):
-        ax.plot(run.rows["step"], run.rows[column], color=colour, linewidth=1.5, label=label)
-    ax.set_ylim(0, 1.04)
-    ax.set_title("experience review", fontsize=10)
-
-
-def draw_return(ax, run: RunData) -> None:
-    for (task, values), colour in zip(run.returns.items(), COLOURS, strict=False):
-        ax.plot(run.rows["step"], values, color=colour, linewidth=1.5, label=task)
-    ax.set_title("evaluation return", fontsize=10)
-
-
-def picture(run: RunData, title: str, steps: str) -> Figure:
+def picture(run: drawing.Run, masks: dict[str, list[Layer]], title: str) -> Figure:
     """About 900 pixels wide where a page shows it, so 9 inches of 100 pixels."""
     figure = Figure(figsize=(9, 10.5), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[2.6, 7.6])
-    draw_masks(upper, run.middle())
+    layer = middle(masks["critic"])
+    draw_masks(upper, layer)
     axes = lower.subplot_mosaic([["density", "changes"], ["dormant", "review"], ["return"] * 2])
-    draw_density(axes["density"], run)
-    draw_changes(axes["changes"], run)
-    draw_dormant(axes["dormant"], run)
-    draw_review(axes["review"], run)
-    draw_return(axes["return"], run)
-    for name, ax in axes.items():
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.xaxis.set_major_formatter(drawing.step_label)
+    draw_layers(axes["density"], masks)
+    rows = next(iter(run.tasks.values()))  # but for the return the same for all tasks
+    draw_rows(axes, rows, [step for step in layer if step > 0])
+    for (task, own), colour in zip(run.tasks.items(), COLOURS, strict=False):
+        axes["return"].plot(own["step"], own["eval/return_mean"], color=colour, label=task)
+
+    axes["changes"].set_yscale("symlog", linthresh=1)  # few are pruned, many are born
+    titles = ["density per layer", "connections born and pruned per round"]
+    titles += ["dormant neurons (score 0)", "experience review", "evaluation return"]
+    for ax, text in zip(axes.values(), titles, strict=True):
+        ax.set_title(text, fontsize=10)
+        drawing.dress(ax)
         ax.set_xlim(left=0)
-        if name != "return" or len(run.returns) > 1:
+        for line in ax.lines:
+            line.set_linewidth(1.5)
+        if ax is not axes["return"] or len(run.tasks) > 1:
             ax.legend(fontsize=8, frameon=False)
-    axes["return"].set_xlabel(steps)
+    axes["density"].set_ylim(0, 1.04)
+    axes["review"].set_ylim(0, 1.04)
+    axes["dormant"].set_ylim(bottom=0)
+    axes["changes"].yaxis.set_major_formatter(drawing.step_label)
+    axes["changes"].set_ylim(bottom=0)
+    axes["return"].set_xlabel("environment steps")
     figure.suptitle(title)
     return figure
 
 
-# --- animation ----------------------------------------------------------------
-def animate(run: RunData, file: Path) -> None:
+def animate(masks: dict[str, list[Layer]], file: Path) -> None:
     """The middle layers of critic 1 and of the actor, a picture per round."""
-    shown = {"critic 1": run.middle()}
-    if run.masks["actor"]:
-        layers = run.masks["actor"]
-        shown["actor"] = layers[len(layers) // 2]
+    shown = {"critic 1": middle(masks["critic"])}
+    if masks["actor"]:
+        shown["actor"] = middle(masks["actor"])
     figure = Figure(figsize=(3.7 * len(shown), 3), dpi=64, layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
 
@@ -252,9 +177,8 @@ def animate(run: RunData, file: Path) -> None:
             draw_mask(ax, layer[step], step)
             ax.set_ylabel(f"{name}, middle layer", fontsize=9)
 
-    every = list(run.middle())
-    count = min(len(every), GIF_FRAMES)
-    places = np.linspace(0, len(every) - 1, count).round().astype(int)
+    every = list(shown["critic 1"])
+    places = np.linspace(0, len(every) - 1, min(len(every), GIF_FRAMES)).round().astype(int)
     steps = [every[place] for place in places]
     animation = FuncAnimation(figure, draw_frame, frames=steps, init_func=lambda: None)
     animation.save(file, writer=PillowWriter(fps=4))
@@ -278,10 +202,9 @@ def topology(
     drawing.check_picture(out)
     if gif is not None:
         drawing.check_picture(gif, ".gif", "--gif")
-    data = read_run(run)
-    frames = drawing.counts_frames(run / "results.csv")
-    steps = "environment frames" if frames else "environment steps"
-    files = {out: functools.partial(drawing.save, picture(data, title, steps))}
+    data = drawing.read_run(run / "results.csv", COLUMNS)
+    masks = read_masks(run)
+    files = {out: functools.partial(drawing.save, picture(data, masks, title))}
     if gif is not None:
-        files[gif] = functools.partial(animate, data)
+        files[gif] = functools.partial(animate, masks)
     drawing.write(files)

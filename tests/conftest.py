@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def one_minute():
 @pytest.fixture(autouse=True)
 def same_process_as_before():
     rendering = os.environ.get("MUJOCO_GL")
+    excepthook = threading.excepthook
     yield
+    threading.excepthook = excepthook
     torch.set_flush_denormal(False)
     gc.unfreeze()
     os.environ.pop("MUJOCO_GL", None)

@@ -1,8 +1,6 @@
 """The rivals of NE on TD3: what each changes, and nothing else."""
 
 import copy
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,21 +9,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ne_td3_continuous as ne
-import utils_topology as topology
 from baselines import td3_continuous as td3
 from helpers import (
     assert_equal,
-    assert_moments_forgotten,
+    assert_started_anew,
     assert_updates_read_no_values,
     equal,
+    fill_moments,
     make_agent,
+    mlps_of,
     none_equal,
-    redone,
-    sample,
+    run_here,
     silence_some,
     train,
     values,
-    walk,
 )
 
 CPU = torch.device("cpu")
@@ -45,15 +42,13 @@ def learning(mlp: td3.MLP) -> list[torch.Tensor]:
 
 
 def adam_states(agent) -> list[dict]:
-    states = []
-    for network in agent.networks.values():
-        states += network.optimizer.state.values()
-    return states
+    return [state for optimizer in agent.optimizers for state in optimizer.state.values()]
 
 
-# --- none ---------------------------------------------------------------------
+# --- none, layer-norm ---------------------------------------------------------
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_it_is_the_ne_script_without_ne_bit_for_bit(layer_norm):
+    """Parameters, Adam's state, and a row of results.csv."""
     method = "layer-norm" if layer_norm else "none"
     ours, our_buffer = make_agent(td3, method=method)
     without_ne = {"initial_density": 1.0, "review_floor": 1.0}
@@ -61,72 +56,24 @@ def test_it_is_the_ne_script_without_ne_bit_for_bit(layer_norm):
     train(ours, our_buffer, 40)
     train(theirs, their_buffer, 40)
     assert equal(values(ours), values(theirs))
-    for name, network in ours.networks.items():
-        one = list(network.optimizer.state.values())
-        two = list(theirs.networks[name].optimizer.state.values())
-        assert len(one) > 0
-        assert_equal(one, two)
-
-
-@pytest.mark.parametrize("silent", [False, True])
-def test_a_row_is_that_of_the_ne_script(silent):
-    agent, buffer = make_agent(td3)
-    without_ne, _ = make_agent(ne, initial_density=1.0)
-    if silent:
+    assert len(adam_states(ours)) > 0
+    assert_equal(adam_states(ours), adam_states(theirs))
+    for agent in (ours, theirs):
         silence_some(agent)
-        silence_some(without_ne)
-    batch = sample(buffer)
-    ours = td3.measure(agent, batch, td3.Progress.of(agent), 7)
-    theirs = ne.measure(without_ne, batch, ne.Progress.of(without_ne), 7)
-    assert list(ours) == list(theirs)
-    assert str(ours) == str(theirs)  # NaN is not equal to itself
-    assert (ours["ne/critic/active_ratio"] < 0.7) == silent
-
-
-@pytest.mark.parametrize("method", ["none", "injection"])
-def test_a_deep_copy_trains_itself_and_its_own_targets(method):
-    agent, buffer = make_agent(td3, method=method)
-    train(agent, buffer, 4)
-    if method == "injection":
-        td3.inject(agent)
-    start = values(agent)
-    twin = copy.deepcopy(agent)
-    train(twin, buffer, 4)
-    assert equal(values(agent), start)
-    for mlp, old in zip(targets(twin), targets(agent), strict=True):
-        assert none_equal(learning(mlp), learning(old))
-    train(agent, make_agent(td3)[1], 4)
-    assert not equal(values(agent), start)
-
-
-# --- layer-norm ---------------------------------------------------------------
-@pytest.mark.parametrize("method", ["none", "layer-norm"])
-def test_layer_norm_on_every_hidden_layer_and_none_on_the_output(method):
-    agent, _ = make_agent(td3, method=method)
-    for mlp in networks(agent) + targets(agent):
-        x = torch.randn(8, mlp.layers[0].in_features)
-        y = x
-        for layer, norm in zip(mlp.layers[:-1], mlp.norms, strict=True):
-            y = layer(y)
-            if method == "layer-norm":
-                assert isinstance(norm, nn.LayerNorm)
-                y = F.layer_norm(y, (layer.out_features,), norm.weight, norm.bias)
-            y = F.relu(y)
-        assert torch.equal(td3.MLP.forward(mlp, x), mlp.layers[-1](y))
+    batch = our_buffer.sample(64)
+    row = td3.measure(ours, batch, td3.Progress())
+    assert str(row) == str(ne.measure(theirs, batch, ne.Progress()))  # NaN is not equal to itself
+    assert row["ne/critic/active_ratio"] < 0.7
 
 
 # --- redo, regrama ------------------------------------------------------------
-def chosen_by_gradient(agent, batch, tau: float) -> dict:
-    """{network: [[chosen (n,) of each hidden layer] of each MLP]}, computed by hand."""
-    chosen = {"actor": [], "critic": []}
-    for name, mlps in (("actor", [agent.actor]), ("critic", [agent.critic_1, agent.critic_2])):
-        for mlp in mlps:
-            layers = []
-            for gradient in gradients_by_hand(agent, mlp, batch):
-                magnitude = gradient.abs().mean(dim=0)
-                layers.append(magnitude / magnitude.mean() <= tau)
-            chosen[name].append(layers)
-    return chosen
+def chosen_neurons(method: str, agent, mlp: td3.MLP, batch, tau: float) -> list[torch.Tensor]:
+    """Boolean (n,) of each hidden layer, computed by hand."""
+    hidden = mlp.hidden(batch)
+    if method == "regrama":
+        hidden = gradients_by_hand(agent, mlp, batch)
+    sizes = [h.abs().mean(dim=0) for h in hidden]
+    return [size / size.mean() <= tau for size in sizes]
 
 
 @torch.no_grad()
@@ -156,140 +103,38 @@ def backwards(mlp: td3.MLP, hidden: list[torch.Tensor], slope: torch.Tensor):
 
 def ends_only(buffer):
     """A batch in which every transition is an end: the critics' target is the reward."""
-    batch = sample(buffer)
+    batch = buffer.sample(64)
     batch.terminated.fill_(1.0)
     return batch
 
 
-def started_anew(method: str, tau: float = 0.1):
-    """(agent before, agent after, which neurons), with every third neuron silent before."""
+@pytest.mark.parametrize("method", ["redo", "regrama"])
+@pytest.mark.parametrize("tau", [0.0, 0.1, 0.6])
+def test_chosen_neurons_start_anew_in_place_and_nothing_else_changes(method, tau):
     agent, buffer = make_agent(td3, method=method, redo_tau=tau, regrama_tau=tau)
     train(agent, buffer, 10)
     batch = ends_only(buffer)
-    if method == "redo":
-        return redone(td3.redo, agent, batch, tau)
     silence_some(agent)
-    for state in adam_states(agent):
-        state["exp_avg"].fill_(1.0)
-        state["exp_avg_sq"].fill_(2.0)
+    fill_moments(*agent.optimizers)
     before = copy.deepcopy(agent)
-    td3.regrama(agent, batch)
-    return before, agent, chosen_by_gradient(before, batch, tau)
-
-
-both = pytest.mark.parametrize("method", ["redo", "regrama"])
-
-
-@both
-@pytest.mark.parametrize("tau", [0.0, 0.1, 0.6])
-def test_incoming_weights_and_biases_are_drawn_anew_and_outgoing_weights_are_0(method, tau):
-    before, after, which = started_anew(method, tau)
-    for _, old, new, outputs, inputs in walk(before, after, which):
-        assert not new.weight[:, inputs].any()  # 0 wins where a neuron is chosen at both ends
-        drawn = new.weight[outputs][:, ~inputs]
-        limit = new.in_features**-0.5
-        assert (drawn != old.weight[outputs][:, ~inputs]).all()
-        assert (drawn.abs() <= limit).all()
-        if drawn.numel() > 0:
-            assert drawn.abs().max() > limit / 2
-        assert (new.bias[outputs].abs() <= limit).all()
-        assert (new.bias[outputs] != old.bias[outputs]).all()
-        kept = ~outputs[:, None] & ~inputs
-        assert torch.equal(new.weight[kept], old.weight[kept])
-        assert torch.equal(new.bias[~outputs], old.bias[~outputs])
-
-
-@both
-def test_the_moments_of_what_changed_are_forgotten_and_no_others(method):
-    before, after, which = started_anew(method)
-    for name, _, new, outputs, inputs in walk(before, after, which):
-        assert_moments_forgotten(after.networks[name].optimizer, new, outputs, inputs)
-
-
-@both
-def test_it_works_in_place_so_that_the_optimiser_trains_what_was_drawn(method):
-    agent, buffer = make_agent(td3, method=method)
-    silence_some(agent)
     addresses = [p.data_ptr() for p in agent.parameters()]
-    act = getattr(td3, method)
-    act(agent, sample(buffer))
+    states = [torch.get_rng_state(), buffer.rng.get_state()]
+    getattr(td3, method)(agent, batch)
     assert addresses == [p.data_ptr() for p in agent.parameters()]
-    before = [values(mlp) for mlp in networks(agent)]
+    assert equal(states, [torch.get_rng_state(), buffer.rng.get_state()])
+    for name, network in agent.networks.items():
+        for old, new in zip(mlps_of(before)[name], network.mlps, strict=True):
+            chosen = chosen_neurons(method, before, old, batch, tau)
+            assert all(which[::3].all() and not which.all() for which in chosen)
+            assert_started_anew(old, new, chosen, network.optimizer)
+    for old, new in zip(targets(before), targets(agent), strict=True):
+        assert equal(values(old), values(new))
+    anew = [values(mlp) for mlp in networks(agent)]
     train(agent, buffer, 2)
-    for mlp, old in zip(networks(agent), before, strict=True):
+    for mlp, old in zip(networks(agent), anew, strict=True):
         assert none_equal(values(mlp), old)
         # 0 before; what feeds it is alive again, so it has a gradient
-        outgoing = mlp.layers[1].weight[:, ::3]
-        assert outgoing.count_nonzero() > outgoing.numel() / 2
-
-
-@both
-def test_the_targets_stay(method):
-    before, after, _ = started_anew(method)
-    for old, new in zip(targets(before), targets(after), strict=True):
-        assert equal(values(old), values(new))
-
-
-@both
-def test_what_is_drawn_shifts_neither_batches_nor_the_global_generator(method):
-    agent, buffer = make_agent(td3, method=method)
-    batch = sample(buffer)
-    silence_some(agent)
-    global_state = torch.get_rng_state()
-    batches = buffer.rng.get_state()
-    getattr(td3, method)(agent, batch)
-    assert torch.equal(torch.get_rng_state(), global_state)
-    assert torch.equal(buffer.rng.get_state(), batches)
-
-
-def test_the_gradient_score_by_hand():
-    """Two hidden layers, of actor and critics, by backpropagation written out."""
-    agent, buffer = make_agent(td3, actor_hidden=(5, 4), critic_hidden=(6, 3))
-    train(agent, buffer, 4)
-    batch = ends_only(buffer)
-    losses = {agent.actor: agent.actor_loss}
-    for critic in (agent.critic_1, agent.critic_2):
-        losses[critic] = lambda batch: agent.critic_loss(batch)[0]
-    for mlp, loss_of in losses.items():
-        ours = td3.neuron_gradients(mlp, loss_of, batch)
-        by_hand = gradients_by_hand(agent, mlp, batch)
-        assert [g.shape for g in ours] == [(64, layer.out_features) for layer in mlp.layers[:-1]]
-        for one, two in zip(ours, by_hand, strict=True):
-            assert two.any()
-            assert torch.allclose(one, two, rtol=1e-4, atol=1e-8)
-
-
-def test_the_layers_mean_is_what_a_score_is_relative_to(monkeypatch):
-    """Mean |gradient| of 1, 3, 0 and 12 in a layer: scores 0.25, 0.75, 0 and 3."""
-    agent, buffer = make_agent(td3, method="regrama", regrama_tau=0.25)
-    gradient = torch.tensor([[1.0, -6.0, 0.0, 12.0], [-1.0, 0.0, 0.0, -12.0]])
-    chosen = []
-    monkeypatch.setattr(td3, "neuron_gradients", lambda *args: [gradient])
-    monkeypatch.setattr(td3, "start_anew", lambda mlp, which, *rest: chosen.append(which[0]))
-    td3.regrama(agent, sample(buffer))
-    assert [which.tolist() for which in chosen] == [[True, False, True, False]] * 3
-
-
-def test_regrama_finds_an_active_neuron_that_cannot_learn_and_redo_does_not():
-    """Nothing leaves the neuron, so it has activations and no gradient."""
-    found = {}
-    for method in ("redo", "regrama"):
-        agent, buffer = make_agent(td3, method=method, redo_tau=0.0, regrama_tau=0.0)
-        with torch.no_grad():
-            agent.critic_1.layers[0].bias[7] = 1.0
-            agent.critic_1.layers[1].weight[:, 7] = 0.0
-        old = agent.critic_1.layers[0].weight[7].clone()
-        getattr(td3, method)(agent, sample(buffer))
-        found[method] = not torch.equal(agent.critic_1.layers[0].weight[7], old)
-    assert found == {"redo": False, "regrama": True}
-
-
-def test_regrama_leaves_no_hooks_and_no_gradients():
-    agent, buffer = make_agent(td3, method="regrama")
-    td3.regrama(agent, sample(buffer))
-    for module in agent.modules():
-        assert len(module._forward_hooks) == 0
-    assert all(p.grad is None for p in agent.parameters())
+        assert mlp.layers[1].weight[:, ::3].any()
 
 
 # --- reset --------------------------------------------------------------------
@@ -332,8 +177,7 @@ def outputs(agent, batch) -> list[torch.Tensor]:
 def test_injection_leaves_every_output_as_it_was():
     agent, buffer = make_agent(td3, method="injection")
     train(agent, buffer, 20)
-    before = outputs(agent, sample(buffer))
-    batch = sample(buffer)
+    batch = buffer.sample(64)
     before = outputs(agent, batch)
     theta = [learning(mlp) for mlp in networks(agent) + targets(agent)]
     td3.inject(agent)
@@ -345,16 +189,6 @@ def test_injection_leaves_every_output_as_it_was():
     for mlp, target in zip(networks(agent), targets(agent), strict=True):
         assert equal(learning(mlp), learning(target))
         assert none_equal(values(mlp.frozen), values(target.frozen))  # a lagged theta
-
-
-def test_before_injection_it_is_td3_bit_for_bit():
-    ours, our_buffer = make_agent(td3, method="injection")
-    theirs, their_buffer = make_agent(td3, method="none")
-    train(ours, our_buffer, 40)
-    train(theirs, their_buffer, 40)
-    pairs = zip(networks(ours) + targets(ours), networks(theirs) + targets(theirs), strict=True)
-    for one, two in pairs:
-        assert equal(learning(one), learning(two))
 
 
 def test_after_injection_only_the_fresh_networks_learn():
@@ -405,7 +239,7 @@ def test_the_injected_actor_adds_before_the_tanh():
     agent, buffer = make_agent(td3, method="injection")
     td3.inject(agent)
     train(agent, buffer, 20)
-    obs = sample(buffer).obs
+    obs = buffer.sample(64).obs
 
     def by_hand(layers: nn.ModuleList) -> torch.Tensor:
         x = obs
@@ -421,32 +255,6 @@ def test_the_injected_actor_adds_before_the_tanh():
     assert not torch.allclose(agent.actor(obs), agent.target_actor(obs), atol=1e-6)
 
 
-def test_active_ratios_after_injection_are_those_of_what_learns():
-    agent, buffer = make_agent(td3, method="injection")
-    train(agent, buffer, 4)
-    batch = sample(buffer)
-    before = agent.networks["critic"].hidden(batch)
-    td3.inject(agent)
-    hidden = agent.networks["critic"].hidden(batch)
-    assert none_equal(hidden, before)
-    layer = agent.critic_1.layers[0]
-    assert torch.equal(hidden[0], F.relu(layer(batch.obs_actions)))
-
-
-def test_a_state_dict_says_whether_there_was_an_injection():
-    agent, buffer = make_agent(td3, method="injection")
-    batch = sample(buffer)
-    plain = copy.deepcopy(agent.state_dict())
-    td3.inject(agent)
-    train(agent, buffer, 4)
-    injected = copy.deepcopy(agent.state_dict())
-    other, _ = make_agent(td3, method="injection")
-    other.load_state_dict(injected)
-    assert equal(outputs(other, batch), outputs(agent, batch))
-    other.load_state_dict(plain)
-    assert equal(outputs(other, batch), outputs(make_agent(td3)[0], batch))
-
-
 # --- recency ------------------------------------------------------------------
 @pytest.mark.parametrize(("capacity", "added"), [(1000, 400), (300, 300), (300, 740)])
 def test_rows_are_drawn_by_their_age(capacity, added):
@@ -455,8 +263,7 @@ def test_rows_are_drawn_by_their_age(capacity, added):
     for step in range(added):
         buffer.add(np.float32([step]), np.float32([0]), np.float32([0]), 0.0, False)
     weights = np.maximum(0.1, 1 - np.arange(capacity) / 200)
-    batch = buffer.new_batch(100_000)
-    td3.sample_recent(buffer, batch, torch.from_numpy(weights).cumsum(0))
+    batch = td3.sample_recent(buffer, 100_000, torch.from_numpy(weights).cumsum(0))
     ages = added - 1 - batch.obs[:, 0].numpy().astype(int)
     size = min(added, capacity)
     assert ages.min() == 0
@@ -481,42 +288,32 @@ def test_training_batches_are_recent_and_those_for_logging_uniform(monkeypatch, 
     sample_recent = td3.sample_recent
     uniform = td3.ReplayBuffer.sample
 
-    def count_recent(*args):
+    def noted_recent(*args):
         drawn.append("recent")
-        sample_recent(*args)
+        return sample_recent(*args)
 
-    def count_uniform(*args, **options):
+    def noted_uniform(*args, **options):
         drawn.append("uniform")
-        uniform(*args, **options)
+        return uniform(*args, **options)
 
-    monkeypatch.setattr(td3, "sample_recent", count_recent)
-    monkeypatch.setattr(td3.ReplayBuffer, "sample", count_uniform)
-    command = (
-        "--env-id Pendulum-v1 --method recency --total-timesteps 400 --learning-starts 390 "
+    monkeypatch.setattr(td3, "sample_recent", noted_recent)
+    monkeypatch.setattr(td3.ReplayBuffer, "sample", noted_uniform)
+    flags = (
+        "--env-id fake_task:Plain-v0 --method recency --total-timesteps 400 --learning-starts 390 "
         "--eval-frequency 200 --eval-episodes 1 --no-cuda --buffer-size 1000"
     )
-    arguments = [td3.__file__, *command.split(), "--run-dir", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", arguments)
-    td3.main()
+    assert run_here(f"{flags} --run-dir {tmp_path / 'run'}", td3) == 0
     assert drawn.count("recent") == 10
     assert drawn.count("uniform") == 2  # two rows
-
-
-def test_other_methods_draw_uniformly_the_batches_of_the_ne_script():
-    _, buffer = make_agent(td3, method="redo")
-    _, their_buffer = make_agent(ne)
-    for _ in range(3):
-        assert equal(list(sample(buffer)), list(sample(their_buffer)))
 
 
 # --- CUDA graphs --------------------------------------------------------------
 @pytest.mark.parametrize("method", ["none", "layer-norm", "injection"])
 def test_updates_read_no_values_and_stay_on_their_device(method):
     meta = torch.device("meta")
+    batch = td3.Batch(*[part.to(meta) for part in make_agent(td3)[1].sample(8)])
     with meta:
-        agent = td3.Agent(td3.Args(method=method), 4, 2, device=meta)
-        buffer = SimpleNamespace(n_obs=4, n_act=2, data=torch.empty(9, 12))
-        batch = td3.ReplayBuffer.new_batch(buffer, 8)
+        agent = td3.Agent(td3.Args(method=method), 4, 2, 1, device=meta)
     for mlp in networks(agent) + targets(agent):
         mlp.injected = method == "injection"
     assert_updates_read_no_values(agent, batch, reads="noise")
@@ -529,33 +326,19 @@ def test_cuda_graphs_agree_with_eager_before_and_after_an_event(method):
     ends = []
     for graphed in (False, True):
         agent, buffer = make_agent(td3, method=method, device="cuda", cudagraphs=graphed)
-        batch = buffer.new_batch(64)
-        update_critic, update_actor = td3.fast_updates(agent.args, agent, batch)
+        update_critic, update_actor = td3.fast_updates(agent.args, agent, buffer)
         for update in range(1, 101):
-            buffer.sample(batch)
+            batch = buffer.sample(64)
             update_critic(batch)
             if update % 2 == 0:
                 update_actor(batch)
             if update == 50 and method == "reset":
                 td3.reset(agent)
-            if update == 50 and method == "redo":
-                td3.redo(agent, batch)
-            if update == 50 and method == "regrama":
-                td3.regrama(agent, batch)
+            if update == 50 and method in ("redo", "regrama"):
+                getattr(td3, method)(agent, batch)
             if update == 50 and method == "injection":
                 td3.inject(agent)
-                update_critic, update_actor = td3.fast_updates(agent.args, agent, batch)
+                update_critic, update_actor = td3.fast_updates(agent.args, agent, buffer)
         ends.append(values(agent))
     for one, two in zip(*ends, strict=True):
         assert torch.allclose(one, two, atol=1e-5)
-
-
-# --- this module's own helper -------------------------------------------------
-def test_silent_neurons_are_dormant_by_either_score():
-    agent, buffer = make_agent(td3)
-    silence_some(agent)
-    batch = ends_only(buffer)
-    for layers in chosen_by_gradient(agent, batch, tau=0.0)["critic"]:
-        assert all(which[::3].all() for which in layers)
-    for h in agent.networks["critic"].hidden(batch):
-        assert (topology.dormancy_scores(h)[::3] == 0).all()

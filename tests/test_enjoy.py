@@ -1,12 +1,10 @@
 """benchmark/enjoy.py: what it plays is the trained policy, for every script; videos; bad input."""
 
 import ctypes.util
-import inspect
+import importlib
 import os
-import resource
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import gymnasium as gym
 import imageio.v2 as imageio
@@ -14,15 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-import baselines.drq_dmc
-import baselines.td3_continual
-import baselines.td3_continuous
 import enjoy
 import fake_task
 import ne_drq_dmc
-import ne_td3_continual
-import ne_td3_continuous
-from helpers import PIXELS, ROOT, assert_one_line, rows
+from helpers import ROOT, assert_one_line, rows, run_here
 
 TASK = "InvertedPendulum-v5"  # 4 observations, 1 action, 25 pictures a second, MuJoCo
 RUN = (
@@ -30,38 +23,49 @@ RUN = (
     "--eval-frequency 150 --eval-episodes 2 --grow-interval 20 --no-cuda "
 )
 PLAIN = "fake_task:Plain-v0"  # 2 observations, 2 actions
-PENDULUM = "Pendulum-v1"  # 3 observations, 1 action
-SEQUENCE = {"tasks": (PLAIN, PENDULUM), "actor_hidden": (16, 8), "critic_hidden": (16, 8)}
-ALONE = {"env_id": PLAIN, "actor_hidden": (16, 8), "critic_hidden": (16, 8)}
-# script: its module, sizes of the agent, arguments
+PICTURES = "test_enjoy:Pictures-v0"  # 2 observations, 1 action
+HIDDEN = {"actor_hidden": (16, 8), "critic_hidden": (16, 8)}
+PIXELS = {"frame_size": 24, "channels": 4, "hidden_dim": 32, "env_id": "walker_walk"}
+# script: sizes of the agent, arguments
 SCRIPTS = {
-    "ne_td3_continuous": (ne_td3_continuous, (2, 2), ALONE),
-    "ne_td3_continual": (ne_td3_continual, (3, 2), SEQUENCE),
-    "ne_drq_dmc": (ne_drq_dmc, (2,), PIXELS),
-    "td3_continuous": (baselines.td3_continuous, (2, 2), ALONE),
-    "td3_continual": (baselines.td3_continual, (3, 2), SEQUENCE),
-    "drq_dmc": (baselines.drq_dmc, (2,), PIXELS),
+    "ne_td3_continuous": ((2, 2), HIDDEN | {"env_id": PLAIN}),
+    "ne_td3_continual": ((3, 2), HIDDEN | {"tasks": (PLAIN, "Pendulum-v1")}),
+    "ne_drq_dmc": ((2,), PIXELS),
+    "baselines.td3_continuous": ((2, 2), HIDDEN | {"env_id": PLAIN}),
+    "baselines.td3_continual": ((3, 2), HIDDEN | {"tasks": (PLAIN, "Pendulum-v1")}),
+    "baselines.drq_dmc": ((2,), PIXELS),
 }
+
+
+class Pictures(fake_task.Plain):
+    """100 steps a second, pictures with odd sides that become lighter."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 100}
+
+    def __init__(self, render_mode=None):
+        super().__init__(act=gym.spaces.Box(-1, 1, (1,), np.float32))
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((31, 21, 3), 10 * self.steps, dtype=np.uint8)
+
+
+gym.register("Pictures-v0", Pictures)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a run of NE-TD3 with networks of the default widths."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    argv = sys.argv
-    sys.argv = ["ne_td3_continuous.py", *RUN.split(), "--run-dir", str(folder)]
-    ne_td3_continuous.main()
-    sys.argv = argv
+    assert run_here(f"{RUN} --run-dir {folder}") == 0
     return folder
 
 
 @pytest.fixture(autouse=True)
-def without_pictures_before_and_after():
-    threads = torch.get_num_threads()
-    gym.spec(TASK).kwargs.pop("render_mode", None)
-    yield
-    gym.spec(TASK).kwargs.pop("render_mode", None)
-    torch.set_num_threads(threads)
+def without_pictures_before_and_after(monkeypatch):
+    monkeypatch.setattr(gym, "make", gym.make)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
 
 
 @pytest.fixture
@@ -80,97 +84,100 @@ def command(monkeypatch, capsys):
     return run_command
 
 
-def new_agent(script: str, **changes):
-    """An agent that has learned nothing, and the arguments."""
-    module, sizes, options = SCRIPTS[script]
+def save(folder, script: str, sizes=None, **changes):
+    """A checkpoint as `save` of the scripts writes it, of an agent that has learned nothing."""
+    default_sizes, options = SCRIPTS[script]
+    module = importlib.import_module(script)
     args = module.Args(**options | changes)
     torch.manual_seed(3)
-    takes = inspect.signature(module.Agent).parameters
-    seeds = {name: 1 for name in ("ne_seed", "method_seed") if name in takes}
-    return module.Agent(args, *sizes, **seeds, device=torch.device("cpu")), args
-
-
-def save(folder, script: str, agent, args) -> None:
-    """A checkpoint as `Run.save` writes it, with the parts that count here."""
-    content = {"script": script, "args": vars(args), "step": 1_234, "results_bytes": 0}
-    content |= {"name": "run", "finished": False}
-    content["parts"] = {"agent": agent.state_dict(), "progress": {"updates": 3}}
+    agent = module.Agent(args, *(sizes or default_sizes), 1, torch.device("cpu"))
+    if changes.get("method") == "injection":
+        module.inject(agent)
+        with torch.no_grad():
+            for layer in agent.actor.layers:
+                layer.weight.mul_(1.5)
+    content = {"script": module.Args.exp_name, "args": vars(args), "step": 1_234}
+    content |= {"finished": False, "results": "", "parts": {"agent": agent.state_dict()}}
     torch.save(content, folder / "checkpoint.pt")
+    return agent
 
 
 # --- what is played -----------------------------------------------------------
-def test_returns_are_those_of_the_last_evaluation(run, command):
-    row = rows(run)[-1]
-    policy = enjoy.load_policy(run)
-    stage = enjoy.rebuild(policy, run)
-    torch.set_flush_denormal(True)
-    returns = stage.script.evaluate(stage.player, stage.envs[TASK], 2, seed=1)
-    assert np.mean(returns) == float(row["eval/return_mean"])
-    assert np.std(returns) == float(row["eval/return_std"])
-    code, out, _ = command(run, "--seed", 1, "--episodes", 2)
-    assert code == 0
-    spread = f"{np.mean(returns):,.1f} +- {np.std(returns):,.1f}"
-    assert out.splitlines() == [
-        f"ne_td3_continuous, seed 1, step 300; last evaluation: {TASK} {spread}",
-        f"{TASK}, episode 1: return {returns[0]:,.1f}",
-        f"{TASK}, episode 2: return {returns[1]:,.1f}",
-        f"{TASK}, mean of 2: return {spread}",
-    ]
-    assert "render_mode" not in gym.spec(TASK).kwargs
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_plays_the_policy_of_every_script(script, tmp_path, command, monkeypatch):
-    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
-    agent, args = new_agent(script)
-    save(tmp_path, script, agent, args)
+def test_returns_are_those_of_the_last_evaluation(run, tmp_path, command):
+    """Of a run, its checkpoint, and the small policy that is made of it."""
     small = tmp_path / "new" / "small.pt"
-    assert command(tmp_path, "--export", small)[0] == 0
-    acting = agent.act if script in enjoy.PIXELS else agent.actor.act
-    for path in (tmp_path, tmp_path / "checkpoint.pt", small):
-        stage = enjoy.rebuild(enjoy.load_policy(path), path)
-        env = next(iter(stage.envs.values()))
-        obs = env.reset(seed=5)
-        obs = obs if script in enjoy.PIXELS else obs[0]
-        assert np.array_equal(stage.player.act(obs), acting(obs))
-    played = [command(path, "--episodes", 2)[1] for path in (tmp_path, small)]
-    assert played[0] == played[1]
-    tasks = getattr(args, "tasks", None) or [args.env_id]
-    assert played[0].count("episode 2: return") == len(tasks)
-    for task in tasks:
-        assert f"{task}, mean of 2: return" in played[0]
-
-
-def test_plays_what_a_plasticity_injection_has_made(tmp_path):
-    agent, args = new_agent("td3_continuous", method="injection")
-    baselines.td3_continuous.inject(agent)
-    with torch.no_grad():
-        for layer in agent.actor.layers:
-            layer.weight.mul_(1.5)
-    save(tmp_path, "td3_continuous", agent, args)
-    stage = enjoy.rebuild(enjoy.load_policy(tmp_path), tmp_path)
-    obs = np.array([0.3, -0.4], dtype=np.float32)
-    assert np.array_equal(stage.player.act(obs), agent.actor.act(obs))
-
-
-def test_small_policy_has_what_acts_and_its_returns(run, tmp_path, command):
-    small = tmp_path / "small.pt"
-    code, out, _ = command(run, "--export", small)
-    assert code == 0
-    row = rows(run)[-1]
-    returns = [float(row["eval/return_mean"]), float(row["eval/return_std"])]
-    content = torch.load(small, weights_only=True)
-    assert content["returns"] == {TASK: returns}
-    assert (content["script"], content["step"]) == ("ne_td3_continuous", 300)
-    assert content["args"]["env_id"] == TASK
-    weights = content["weights"]
-    assert {name.split(".")[0] for name in weights} == {"actor"}
-    numbers = sum(value.numel() for value in weights.values() if torch.is_tensor(value))
-    assert numbers == 5 * 256 + 257 * 128 + 129
-    assert small.stat().st_size < 4 * numbers + 10_000
+    code, out, err = command(run, "--export", small)
+    assert code == 0, err
     assert out.startswith(f"{small}: {small.stat().st_size / 1000:,.0f} kB; ne_td3_continuous")
-    played = [command(path, "--episodes", 1)[1] for path in (run, small)]
+    row = rows(run)[-1]
+    mean = float(row["eval/return_mean"])
+    spread = f"{mean:,.1f} +- {float(row['eval/return_std']):,.1f}"
+    for path in (run, run / "checkpoint.pt", small):
+        code, out, err = command(path, "--seed", 1, "--episodes", 2)
+        assert code == 0, err
+        first, *episodes, last = out.splitlines()
+        assert first == f"ne_td3_continuous, seed 1, step 300; last evaluation: {TASK} {spread}"
+        assert last == f"{TASK}, mean of 2: return {spread}"
+        returns = []
+        for n, line in enumerate(episodes, 1):
+            before, _, value = line.rpartition(" ")
+            assert before == f"{TASK}, episode {n}: return"
+            returns.append(float(value))
+        assert len(returns) == 2 and np.mean(returns) == pytest.approx(mean, abs=0.1)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "injection"])
+def test_plays_the_policy_of_every_script(script, tmp_path, command):
+    changes = {}
+    if script == "injection":
+        script, changes = "baselines.td3_continuous", {"method": "injection"}
+    agent = save(tmp_path, script, **changes)
+    code, _, err = command(tmp_path, "--export", tmp_path / "small.pt")
+    assert code == 0, err
+    played = []
+    for path in (tmp_path, tmp_path / "small.pt"):
+        player, envs, evaluate = enjoy.rebuild(enjoy.read(path), seed=0)
+        start = next(iter(envs.values())).reset(seed=5)
+        if script.endswith("drq_dmc"):
+            expected = ne_drq_dmc.Policy(agent.encoder, agent.actor).act(start)
+            assert np.array_equal(player.act(start), expected)
+        else:
+            assert np.array_equal(player.act(start[0]), agent.actor.act(start[0]))
+        code, out, err = command(path, "--episodes", 2)
+        assert code == 0, err
+        played.append(out)
     assert played[0] == played[1]
+    for task, env in envs.items():
+        first, second = evaluate(player, env, 2, seed=0)
+        assert first != second
+        assert f"{task}, episode 1: return {first:,.1f}\n" in out
+        assert f"{task}, episode 2: return {second:,.1f}\n" in out
+        assert f"{task}, mean of 2: return {(first + second) / 2:,.1f} " in out
+
+
+def test_small_policy_has_what_acts_and_nothing_else(run, tmp_path, command):
+    small = tmp_path / "small.pt"
+    command(run, "--export", small)
+    content = torch.load(small, weights_only=True)
+    assert content["results"] == (run / "results.csv").read_bytes().decode()
+    weights = content["parts"]["agent"]
+    assert {name.split(".")[0] for name in weights} == {"actor"}
+    numbers = sum(value.numel() for value in weights.values())
+    assert numbers == 5 * 256 + 257 * 128 + 129
+    assert small.stat().st_size < 4 * numbers + len(content["results"]) + 10_000
+
+
+def test_a_task_that_draws_from_numpy_is_repeated(tmp_path, command):
+    save(tmp_path, "ne_td3_continuous", env_id="fake_task:GlobalRandom-v0")
+    played = [command(tmp_path, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert played[0] == played[1] != played[2]
+
+
+def test_the_policies_of_this_repository_fit():
+    for path in (ROOT / "policies").glob("*.pt"):
+        policy = enjoy.read(path)
+        enjoy.rebuild(policy, seed=0)
+        assert f"last evaluation: {path.stem} " in enjoy.described(policy)
 
 
 def test_needs_no_dm_control_and_no_opengl(run, tmp_path):
@@ -185,249 +192,110 @@ def test_needs_no_dm_control_and_no_opengl(run, tmp_path):
 
 
 # --- videos -------------------------------------------------------------------
-NEEDS_OPENGL = pytest.mark.skipif(
+def frames_of(path) -> tuple[float, list[np.ndarray]]:
+    """Frames per second, and the frames, (H, W, 3) each."""
+    with imageio.get_reader(path) as video:
+        return video.get_meta_data()["fps"], [frame.astype(int) for frame in video]
+
+
+@pytest.mark.skipif(
     "MUJOCO_GL" not in os.environ and ctypes.util.find_library("EGL") is None,
     reason="no libEGL here",
 )
-
-
-def frames_of(path) -> list[np.ndarray]:
-    """(H, W, 3) each."""
-    with imageio.get_reader(path) as video:
-        return [frame[..., :3].astype(int) for frame in video]
-
-
-@NEEDS_OPENGL
-def test_videos_of_a_state_task(run, tmp_path, command, monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
-    seen = {}
-    for name in ("a.mp4", "a.gif"):
-        path = tmp_path / "videos" / name
-        code, out, err = command(run, "--video", path, "--seconds", 0.1, "--episodes", 2)
-        assert code == 0, err
-        assert f"{path}: " in out
-        assert out.count("episode 2") == 1
-        seen[name] = frames_of(path)
-    assert [len(frames) for frames in seen.values()] == [3, 3]
-    assert seen["a.mp4"][0].shape == (480, 480, 3)
-    assert seen["a.gif"][0].shape[:2] == (240, 240)
-    for frames in seen.values():
-        assert frames[0].std() > 10
-
-
-def test_video_of_pixels_is_what_the_agent_sees(tmp_path, command, monkeypatch):
-    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
-    agent, args = new_agent("ne_drq_dmc")
-    save(tmp_path, "ne_drq_dmc", agent, args)
-    path = tmp_path / "a.gif"
-    code, out, err = command(tmp_path, "--video", path, "--episodes", 1)
+def test_video_of_a_state_task(run, tmp_path, command):
+    path = tmp_path / "videos" / "a.mp4"
+    _, plain, _ = command(run, "--episodes", 2)
+    code, out, err = command(run, "--episodes", 2, "--video", path)
     assert code == 0, err
-    frames = frames_of(path)
-    assert len(frames) == 11  # the first, and 20 steps, each action twice
-    stage = enjoy.rebuild(enjoy.load_policy(tmp_path), tmp_path)
-    obs = stage.envs[args.env_id].reset(seed=100)
-    first = obs[-3:].transpose(1, 2, 0).astype(int)
-    times = len(frames[0]) // len(first)
-    assert frames[0].shape == (24 * times, 24 * times, 3) and times == 14
-    assert np.abs(frames[0][::times, ::times] - first).mean() < 8  # a palette of 256 colours
+    lines = out.splitlines(keepends=True)
+    assert lines.pop(2).startswith(f"{path}: ")
+    assert "".join(lines) == plain
+    length = float(lines[1].split()[-1])  # a reward of 1 a step, but for the last
+    fps, frames = frames_of(path)
+    assert fps == 25 and len(frames) - length in (1, 2)
+    assert frames[0].shape == (480, 480, 3) and frames[0].std() > 10
 
 
-@NEEDS_OPENGL
-def test_each_task_of_a_sequence_has_a_video(tmp_path, command, monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
-    slower = "test_enjoy:SlowPictures-v0"
-    monkeypatch.setitem(SCRIPTS, "ne_td3_continual", (ne_td3_continual, (4, 1), SEQUENCE))
-    agent, args = new_agent("ne_td3_continual", tasks=(TASK, slower))
-    save(tmp_path, "ne_td3_continual", agent, args)
-    video = tmp_path / "a.mp4"
-    code, out, err = command(tmp_path, "--video", video, "--seconds", 0.08, "--episodes", 1)
+def test_video_of_pixels_is_what_the_agent_sees(tmp_path, command):
+    save(tmp_path, "ne_drq_dmc")
+    code, _, err = command(tmp_path, "--video", tmp_path / "a.mp4", "--episodes", 1)
     assert code == 0, err
-    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == [
-        f"a_{TASK}.mp4",
-        "a_SlowPictures-v0.mp4",
-    ]
-    path = tmp_path / "a_SlowPictures-v0.mp4"
-    with imageio.get_reader(path) as reader:
-        assert reader.get_meta_data()["fps"] == 25  # every fourth step
-    assert [frame.shape for frame in frames_of(path)] == [(30, 20, 3)] * 2
+    fps, frames = frames_of(tmp_path / "a.mp4")
+    assert fps == 25 and len(frames) == 11  # the first, and 20 steps of 0.02 s, two an action
+    _, envs, _ = enjoy.rebuild(enjoy.read(tmp_path), seed=0)
+    first = envs["walker_walk"].reset(seed=100)[-3:].transpose(1, 2, 0).astype(int)
+    assert frames[0].shape == (96, 96, 3)
+    assert np.abs(frames[0][2::4, 2::4] - first).mean() < 12  # compressed
 
 
-class SlowPictures(fake_task.Plain):
-    """One action, 100 steps a second, pictures with odd sides."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 100}
-    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-
-    def __init__(self, render_mode=None):
-        super().__init__()
-        self.render_mode = render_mode
-
-    def render(self):
-        return np.full((31, 21, 3), 10 * self.steps, dtype=np.uint8)
-
-
-gym.register("SlowPictures-v0", SlowPictures)
+def test_each_task_of_a_sequence_has_a_video(tmp_path, command):
+    """At most 30 pictures a second."""
+    gym.register("MorePictures-v0", Pictures)
+    tasks = (PICTURES, "test_enjoy:MorePictures-v0")
+    save(tmp_path, "ne_td3_continual", (2, 1), tasks=tasks)
+    code, _, err = command(tmp_path, "--video", tmp_path / "a.mp4", "--episodes", 1)
+    assert code == 0, err
+    videos = sorted(tmp_path.glob("*.mp4"))
+    assert [path.name for path in videos] == ["a_MorePictures-v0.mp4", "a_Pictures-v0.mp4"]
+    fps, frames = frames_of(videos[1])
+    assert fps == 25 and len(frames) == 6  # of the steps 0, 4, ... 20
+    assert [frame.mean() for frame in frames] == pytest.approx(range(0, 201, 40), abs=8)
+    assert frames[0].shape in [(30, 20, 3), (32, 22, 3)]
 
 
 # --- bad input ----------------------------------------------------------------
-def refused(result: tuple, *words: str, code: int = 2) -> None:
-    returned, _, err = result
-    assert returned == code, err
+def refused(result: tuple, *words: str) -> None:
+    code, _, err = result
+    assert code == 2, err
     assert_one_line(err, *words)
 
 
-def test_refuses_what_is_no_policy(run, tmp_path, command, recwarn):
-    refused(command(tmp_path), "there is no", "checkpoint.pt")
-    refused(command(tmp_path / "missing.pt"), "there is no", "missing.pt")
-    text = tmp_path / "text.pt"
-    text.write_text("not a zip archive")
-    refused(command(text), "text.pt is damaged, or neither a checkpoint nor a policy")
-    for number, content in enumerate(
-        ({"format": "old 1"}, [1, 2], {"script": "sac"}, torch.zeros(2))
-    ):
-        foreign = tmp_path / f"foreign{number}.pt"
-        torch.save(content, foreign)
-        refused(command(foreign), f"foreign{number}.pt is ")
-    assert not recwarn.list  # would be a second line
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--video a.gif", "--video must end in .mp4, got a.gif"),
+        ("--episodes 0", "--episodes must be at least 1, got 0"),
+        ("--seed -1", "--seed must be in [0, "),
+        ("--export checkpoint.pt", "--export must not be a checkpoint.pt"),
+    ],
+)
+def test_refuses_flags(flags, words, run, command):
+    refused(command(run, *flags.split()), words)
+
+
+def test_refuses_what_is_no_policy(run, tmp_path, command):
+    refused(command(tmp_path), "checkpoint.pt is missing", "No such file")
     checkpoint = (run / "checkpoint.pt").read_bytes()
-    damaged = tmp_path / "damaged.pt"
-    damaged.write_bytes(checkpoint[: len(checkpoint) // 2])
-    refused(command(damaged), "damaged.pt is damaged")
     middle = len(checkpoint) // 2
-    flipped = bytes([checkpoint[middle] ^ 255])
-    damaged.write_bytes(checkpoint[:middle] + flipped + checkpoint[middle + 1 :])
-    refused(command(damaged), "damaged.pt is damaged")
+    flipped = bytearray(checkpoint)
+    flipped[middle] ^= 255
+    bad = tmp_path / "bad.pt"
+    for content in (b"text", checkpoint[:middle], flipped):
+        bad.write_bytes(content)
+        refused(command(bad), "bad.pt is missing, damaged")
+    content = torch.load(run / "checkpoint.pt", weights_only=True)
+    del content["results"]  # as checkpoints of old
+    for foreign in (content, [1, 2], content | {"script": "sac", "results": ""}):
+        torch.save(foreign, bad)
+        refused(command(bad), "bad.pt is missing, damaged, or not of this version")
 
 
-def test_refuses_weights_that_do_not_fit(run, tmp_path, command):
-    small = tmp_path / "small.pt"
-    command(run, "--export", small)
-    content = torch.load(small, weights_only=True)
-    content["args"]["env_id"] = PLAIN
-    torch.save(content, small)
-    refused(command(small), "does not fit its task", "size mismatch")
-    del content["weights"]["actor.layers.0.bias"]
-    torch.save(content, small)
-    refused(command(small), "has the weights", "actor.layers.0.bias")
+def test_refuses_weights_that_do_not_fit(tmp_path, command):
+    save(tmp_path, "ne_td3_continuous", env_id="Pendulum-v1")
+    refused(command(tmp_path), "does not fit its task", "size mismatch")
+    save(tmp_path, "ne_td3_continuous")
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del content["parts"]["agent"]["actor.layers.0.bias"]
+    torch.save(content, tmp_path / "checkpoint.pt")
+    refused(command(tmp_path), "the policy lacks actor.layers.0.bias")
 
 
-def test_refuses_what_has_other_types(run, tmp_path, command):
-    small = tmp_path / "small.pt"
-    command(run, "--export", small)
-    good = torch.load(small, weights_only=True)
-    for part, value in (
-        ("args", 3),
-        ("step", "last"),
-        ("returns", [1.0]),
-        ("returns", {PLAIN: [1.0]}),
-        ("weights", None),
-        ("weights", good["weights"] | {"actor.layers.0.bias": "none"}),
-    ):
-        torch.save(good | {part: value}, small)
-        refused(command(small), "is neither a checkpoint of these scripts nor a policy of them")
-    for name, value, word in (
-        ("actor_hidden", 256, "actor_hidden must be a tuple, got 256"),
-        ("env_id", None, "env_id must be a str, got None"),
-        ("actor_hidden", (-1, 8), "--actor-hidden must be in [1, 65,536], got -1"),
-    ):
-        torch.save(good | {"args": good["args"] | {name: value}}, small)
-        refused(command(small), word)
-
-
-def test_refuses_flags(run, tmp_path, command):
-    refused(command(run, "--video", "a.avi"), "--video must end in .mp4 or .gif, got a.avi")
-    refused(command(run, "--episodes", 0), "--episodes must be at least 1, got 0")
-    refused(command(run, "--seed", -1), "--seed must be in [0, ")
-    refused(command(run, "--seconds", "nan"), "--seconds must be above 0, got nan")
-    (tmp_path / "file").write_text("")
-    below = tmp_path / "file" / "a.gif"
-    refused(command(run, "--video", below), "--video must be in a folder", str(below))
-    refused(command(run, "--export", below), "--export must be in a folder", str(below))
-    refused(command(run, "--export", tmp_path), "--export: cannot write", str(tmp_path))
-
-
-def test_a_video_that_cannot_be_written(tmp_path, command, monkeypatch):
-    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be as before
-    save(tmp_path, "ne_drq_dmc", *new_agent("ne_drq_dmc"))
-    (tmp_path / "folder.gif").mkdir()
-    (tmp_path / "full.gif").symlink_to("/dev/full")
-    for name in ("folder.gif", "full.gif"):
-        path = tmp_path / name
-        result = command(tmp_path, "--video", path, "--episodes", 1)
-        refused(result, f"--video: cannot write {path}")
-
-
-@pytest.mark.parametrize("at", ["get_writer", "append_data", "close"])
-def test_a_writer_that_fails_at_any_moment(at, tmp_path, command, monkeypatch):
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
-    hook = sys.unraisablehook
-    monkeypatch.setattr(sys, "unraisablehook", hook)  # to be as before
-    save(tmp_path, "ne_drq_dmc", *new_agent("ne_drq_dmc"))
-    library = SimpleNamespace(append_data=lambda picture: None, close=lambda: None)
-    library.get_writer = lambda *_, **__: library
-    setattr(library, at, fail)
-    monkeypatch.setattr(enjoy, "import_video", lambda: library)
-    result = command(tmp_path, "--video", tmp_path / "a.gif", "--episodes", 1)
-    refused(result, "--video: cannot write", "a.gif: [Errno 28] No space left on device")
-    assert sys.unraisablehook is not hook  # the writer's second failure is not printed
-
-
-def test_a_disk_that_fills_up_before_the_end_of_a_video(tmp_path, command, monkeypatch):
-    """ffmpeg ends as if all were well."""
-    monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be as before
-    save(tmp_path, "ne_drq_dmc", *new_agent("ne_drq_dmc"))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))  # bytes of a file
-    try:
-        result = command(tmp_path, "--video", tmp_path / "a.mp4", "--episodes", 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    refused(result, "--video: cannot write", "a.mp4")
-
-
-def test_says_which_library_is_missing(run, command, monkeypatch, tmp_path):
+def test_says_what_a_video_lacks(run, tmp_path, command, monkeypatch):
+    video = ("--video", tmp_path / "a.mp4")
     monkeypatch.setenv("MUJOCO_GL", "none")
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be as before
-    words = ("--video: cannot draw", "none", "libegl1 libgl1", "libosmesa6")
-    refused(command(run, "--video", tmp_path / "a.gif"), *words)
+    refused(command(run, *video), "--video: cannot film", "none", "libegl1 libgl1")
+    save(tmp_path, "ne_td3_continuous")
+    with pytest.warns(UserWarning, match="render_mode"):
+        refused(command(tmp_path, *video), "--video: cannot film", "render_mode")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    refused(command(run, "--video", "a.mp4"), "pip install imageio imageio-ffmpeg")
-
-
-def test_fault_of_an_environment_is_one_line(tmp_path, command):
-    agent, args = new_agent("ne_td3_continuous", env_id="fake_task:NaNObs-v0")
-    save(tmp_path, "ne_td3_continuous", agent, args)
-    refused(command(tmp_path, "--episodes", 8), "NaNObs-v0", "the observation is NaN", code=1)
-
-
-def test_says_why_a_file_cannot_be_read(run, command, monkeypatch):
-    within = run / "checkpoint.pt" / "checkpoint.pt"
-    refused(command(within), f"cannot read {within}", "Not a directory")
-
-    def closed(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(enjoy.zipfile, "ZipFile", closed)
-    refused(command(run), "cannot read", "Permission denied")
-
-
-def test_the_checkpoint_of_a_run_is_not_replaced(run, command):
-    """A run could not be resumed from a small policy."""
-    before = (run / "checkpoint.pt").read_bytes()
-    refused(command(run, "--export", run / "checkpoint.pt"), "--export must not be")
-    assert (run / "checkpoint.pt").read_bytes() == before
-
-
-def test_nobody_reads_what_is_printed(run):
-    """As with `| head`: the exit code is that of a process killed by SIGPIPE."""
-    read, write = os.pipe()
-    os.close(read)
-    program = [sys.executable, enjoy.__file__, str(run), "--episodes", "1"]
-    done = subprocess.run(program, stdout=write, stderr=subprocess.PIPE, text=True)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (141, "")
+    refused(command(run, *video), "pip install imageio imageio-ffmpeg")

@@ -49,17 +49,6 @@ def active_connections(mlp: ne.MLP) -> int:
 
 
 # --- the sparse start ---------------------------------------------------------
-def test_erdos_renyi_matches_a_hand_calculation():
-    # HalfCheetah's critic, (17 + 6)-256-128-1, D = 0.25: of 5888 + 32768 + 128 weights, 9696
-    # are active. eps = 9696 / (279 + 384 + 129) = 12.24 would give the last layer the
-    # density 12.24 * 129 / 128 > 1, so it is dense, and for the other two
-    # eps = (9696 - 128) / (279 + 384) = 14.4314.
-    eps = 9568 / 663
-    expected = [eps * 279 / 5888, eps * 384 / 32768, 1.0]
-    shapes = [(256, 23), (128, 256), (1, 128)]
-    assert topology.erdos_renyi_densities(shapes, 0.25) == pytest.approx(expected)
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=2, max_size=6), st.floats(0.001, 1.0))
 def test_erdos_renyi_meets_its_budget_with_densities_in_range(sizes, density):

@@ -25,6 +25,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections import deque
@@ -1100,7 +1101,7 @@ def open_folder(args, checkpoint: dict | None, task: str) -> tuple[Path, fileloc
         lock = lock_folder(folder)
         results = folder / "results.csv"
         if checkpoint is not None:
-            results.write_bytes(checkpoint["results"])
+            results.write_bytes(checkpoint["results"].encode())
         elif results.exists() or (folder / "checkpoint.pt").exists():
             die(f"--run-dir must be a new folder; --resume {folder} continues the run in it")
         else:
@@ -1185,15 +1186,18 @@ class Stop:
 
     def __init__(self):
         self.signal = None
+        self.handled = []
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows has the first two
+            number = getattr(signal, name, signal.SIGTERM)  # Windows lacks two
             nohup = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
-            if number is not None and not nohup:
+            if not nohup:
                 signal.signal(number, self.request)
+                self.handled.append(number)
 
     def request(self, number: int, frame) -> None:
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        for handled in self.handled:
+            signal.signal(handled, signal.SIG_DFL)
         try:
             os.write(2, b"\nfinishing the episode, then saving (once more: stop at once)\n")
         except OSError:  # the terminal is closed
@@ -1209,9 +1213,7 @@ class Stop:
 def save(folder: Path, args, resumed, step: int, parts: tuple, finished=False) -> None:
     """Atomic: a run that is killed in here keeps the checkpoint before.
 
-    Args:
-        resumed: the checkpoint from which the run was resumed, or None; it has the first
-            arguments.
+    The arguments are those of the run's first start, which a resumed checkpoint has.
     """
     agent, buffer, progress, noise_rng, envs = parts
     for parameter in agent.parameters():
@@ -1232,7 +1234,7 @@ def save(folder: Path, args, resumed, step: int, parts: tuple, finished=False) -
     content = {"script": type(args).exp_name, "step": step, "finished": finished}
     content["args"] = resumed["args"] if resumed else vars(args)
     content["parts"] = states
-    content["results"] = results.read_bytes() if results.exists() else b""
+    content["results"] = results.read_bytes().decode() if results.exists() else ""
     with open(folder / "checkpoint.tmp", "wb") as file:
         torch.save(content, file)
         file.flush()
@@ -1283,13 +1285,13 @@ def load_checkpoint(folder: Path, Args: type) -> dict:
                 raise ValueError("a checksum is wrong")
         mmap = os.name == "posix"  # elsewhere no file that is open can be replaced
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        same_script = checkpoint["script"] == Args.exp_name
-        same_flags = set(checkpoint["args"]) == set(vars(Args()))
+        if checkpoint["script"] != Args.exp_name:
+            raise ValueError(f"it is of {checkpoint['script']}")
+        if set(checkpoint["args"]) != set(vars(Args())):
+            raise ValueError("it is of another version, with other flags")
     except Exception as e:  # zipfile and torch raise many kinds
         reason = str(e).partition("\n")[0]
-        die(f"{path} is missing, damaged or not a checkpoint: {reason}", code=1)
-    if not (same_script and same_flags):
-        die(f"{path} is of another script or version, with other flags", code=1)
+        die(f"{path} is missing, damaged or not this script's: {reason}", code=1)
     return checkpoint
 
 
@@ -1332,6 +1334,7 @@ class CudaGraph:
 
 def as_script(main) -> None:
     """Runs `main`; one line for a full disk and for too little memory."""
+    threading.excepthook = lambda failure: None  # TensorBoard's thread; `main` sees it too
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each row at once
     try:
         main()

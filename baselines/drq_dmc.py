@@ -56,15 +56,18 @@ from ne_drq_dmc import (
 )
 
 
+Method = Literal["none", "reset", "redo", "layer-norm", "injection"]
+
+
 @dataclass
 class MethodArgs:
     """A rival of NE, on the MLP heads, and its flags."""
 
-    method: Literal["none", "reset", "redo", "layer-norm", "injection"] = "none"
+    method: Method = "none"  # what acts on DrQ-v2; none: DrQ-v2
     reset_interval: int = 200_000  # reset: steps between two (Nikishin et al. 2022)
     redo_interval: int = 1_000  # redo: updates between two (Sokar et al. 2023)
     redo_tau: float = 0.1  # redo: dormant is a score (Eq. 1) up to this
-    injection_step: int | None = None  # (Nikishin et al. 2024); default: half the run
+    injection_step: int | None = None  # injection (Nikishin et al. 2024); default: half the run
 
 
 @dataclass

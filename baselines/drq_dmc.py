@@ -55,7 +55,6 @@ from ne_drq_dmc import (
     write_row,
 )
 
-
 Method = Literal["none", "reset", "redo", "layer-norm", "injection"]
 
 

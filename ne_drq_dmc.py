@@ -90,7 +90,7 @@ class DrQArgs:
     update_frequency: int = 2  # agent steps between two updates
     replay_ratio: int = 1  # updates each time
     stddev: tuple[float, float] = (1.0, 0.1)  # of all noise, first and last; unit as below
-    stddev_duration: int | None = None  # agent steps; default: 100k for walker_walk, else 500k
+    stddev_duration: int | None = None  # agent steps; default: 100k walker_walk, else 500k
     noise_clip: float = 0.3  # of the noise in the losses; unit: half the action range
 
     @property
@@ -127,7 +127,7 @@ class NEArgs:
     layer_norm: bool = False  # NE + LayerNorm (Lyle et al. 2024), in every hidden layer
     redo_interval: int | None = None  # NE + ReDo (Sokar et al. 2023): updates between two
     redo_tau: float = 0.1  # NE + ReDo: dormant is a score (Eq. 1) up to this
-    reset_interval: int | None = None  # NE + Reset of the heads (Nikishin et al. 2022): steps
+    reset_interval: int | None = None  # NE + Reset of the heads (Nikishin et al.): steps
 
 
 @dataclass
@@ -245,7 +245,7 @@ class ReplayBuffer:
         )
 
     def gather(self, places: torch.Tensor) -> torch.Tensor:
-        """Stacks of the frames at (B, 2, stack): (B, 2, C, H, W), on the agent's device."""
+        """Stacks of frames at (B, 2, stack): (B, 2, C, H, W), on the agent's device."""
         where = self.frames.device
         pinned = where.type != self.device.type  # fastest to the GPU
         shape = (places.numel(), *self.frames.shape[1:])
@@ -518,7 +518,7 @@ class Agent(Policy):
         return torch.autocast(device, torch.bfloat16, cache_enabled=False)
 
     def noisy_actions(self, features: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """(B, features), (B, act) -> (B, act) in [-1, 1]; the gradient passes the bounds."""
+        """(B, features), (B, act) -> (B, act) in [-1, 1]; gradients pass the bounds."""
         clip = self.args.noise_clip
         actions = self.actor(features) + (self.stddev * noise).clamp(-clip, clip)
         return actions + (actions.clamp(-1, 1) - actions).detach()
@@ -559,7 +559,7 @@ class Agent(Policy):
         return loss.detach(), gradients
 
     def update(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """One step of critic and encoder, policy and targets. Returns the losses before."""
+        """One step of critic, encoder, policy and targets. Returns the losses before."""
         qf_loss, mean_q, features, of_encoder, of_critic = self.critic_gradients(batch)
         self.networks["critic"].step(of_critic)
         self.encoder_optimizer.apply(of_encoder)
@@ -874,7 +874,7 @@ def fast_update(args: RunArgs, agent: Agent, buffer: ReplayBuffer):
 
 
 def check_steps(args: DrQArgs, *names: str) -> None:
-    """Raises: SystemExit(2) for what is no whole number of agent steps, or no window long."""
+    """Raises: SystemExit(2) for parts of agent steps, and for less than a window."""
     window = args.n_step * args.action_repeat
     if args.learning_starts < window:
         die(f"--learning-starts must be at least {window}, got {args.learning_starts}")

@@ -175,8 +175,9 @@ def test_a_signal_in_the_last_episode_ends_the_run(whole, tmp_path):
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
+    """Of whatever kind."""
     folder = tmp_path / "run"
-    code, out, err = finish(launch(f"{RUN} --run-dir {folder}", "262:SIGINT 263:SIGINT"))
+    code, out, err = finish(launch(f"{RUN} --run-dir {folder}", "262:SIGUSR1 263:SIGINT"))
     assert code == -signal.SIGINT
     assert err.count("finishing the episode") == 1
     assert "stopped" not in out

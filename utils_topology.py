@@ -46,9 +46,8 @@ def sample_mask(shape, density: float, rng: torch.Generator) -> torch.Tensor:
     """A random mask (out, in) with exactly round(density * out * in) ones, at least 1."""
     size = math.prod(shape)
     count = max(1, round(density * size))
-    active = torch.randperm(size, generator=rng)[:count]
     mask = torch.zeros(size)
-    mask[active] = 1.0
+    mask[torch.randperm(size, generator=rng)[:count]] = 1.0
     return mask.view(shape)
 
 
@@ -156,8 +155,8 @@ def mean_square(optimizer, parameter: torch.Tensor, active: int) -> float:
 def set_moments(optimizer, parameter: torch.Tensor, where, square) -> None:
     """Adam's state of the entries `where` (any index): exp_avg 0, exp_avg_sq `square`.
 
-    The step counter t, which all entries share, stays. That is why a new weight does not
-    start with exp_avg_sq 0: at a large t, its steps would be several learning rates.
+    The step counter t, which all share, stays: with exp_avg_sq 0 at a large t, the first
+    steps would be several learning rates.
     """
     state = optimizer.state[parameter]
     state["exp_avg"][where] = 0.0
@@ -173,11 +172,8 @@ def planned_births(layers, fraction: float) -> int:
 
 def random_scores(layers, rng: torch.Generator) -> list[torch.Tensor]:
     """Naive growth (§4.1): uniform in (0, 1], (out, in) of each layer."""
-    scores = []
-    for layer in layers:
-        uniform = 1 - torch.rand(layer.mask.shape, generator=rng)
-        scores.append(uniform.to(layer.mask.device))
-    return scores
+    uniform = [1 - torch.rand(layer.mask.shape, generator=rng) for layer in layers]
+    return [u.to(layer.mask.device) for u, layer in zip(uniform, layers, strict=True)]
 
 
 @torch.no_grad()
@@ -238,13 +234,12 @@ def prune(layers, hidden, budget: int, clip: float, optimizer, rng, norms=()) ->
 
     Args:
         layers: all layers of the network, from input to output.
-        hidden: activations [(B, n), ...] of the hidden layers, one fewer than `layers`.
+        hidden: activations [(B, n), ...] of the hidden layers.
         budget: connections that may go; a neuron that costs more than is left is skipped.
         clip: kappa; bounds the incoming weights of a reset neuron from now on (§B.2).
-        norms: of each hidden layer, between it and its ReLU; nn.Identity where there is none.
+        norms: between each hidden layer and its ReLU, nn.LayerNorm or nn.Identity.
 
-    Returns:
-        How many connections went, at most `budget`.
+    Returns: how many connections went, at most `budget`.
     """
     neurons = dormant_neurons(hidden, tau=0.0)
     # before anything goes, so that the order does not matter
@@ -352,8 +347,7 @@ def activity(hidden: list[torch.Tensor]) -> dict[str, float]:
     scores = torch.cat([dormancy_scores(h) for h in hidden])  # (neurons,)
     values = {"dormant": int((scores <= 0).sum())}
     for key, tau in (("", 0.0), ("_0.025", 0.025), ("_0.1", 0.1)):
-        dormant = int((scores <= tau).sum())
-        values[f"active_ratio{key}"] = 1 - dormant / len(scores)
+        values[f"active_ratio{key}"] = 1 - int((scores <= tau).sum()) / len(scores)
     positive = sum(int((h > 0).sum()) for h in hidden)
     values["fau"] = positive / sum(h.numel() for h in hidden)
     return values

@@ -545,13 +545,13 @@ def test_what_is_no_whole_checkpoint_is_refused(interrupted, monkeypatch, capsys
     else:
         torch.save(content, path)
     monkeypatch.chdir(interrupted)
-    assert_not_resumed(interrupted, capsys, "checkpoint.pt is missing, damaged or not a checkpoint")
+    assert_not_resumed(interrupted, capsys, "checkpoint.pt is missing, damaged or not")
     assert not Path("executed").exists()
 
 
 # (change, what the message says, exit code)
 CHANGES = {
-    "script": (lambda c: c.update(script="ne_drq_dmc"), "of another script", 1),
+    "script": (lambda c: c.update(script="ne_drq_dmc"), "it is of ne_drq_dmc", 1),
     "more flags": (lambda c: c["args"].update(scale=2), "other flags", 1),
     "fewer flags": (lambda c: c["args"].pop("gamma"), "other flags", 1),
     "flag out of range": (lambda c: c["args"].update(gamma=7.0), "--gamma", 2),

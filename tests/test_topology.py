@@ -40,10 +40,6 @@ def silence(mlp: ne.MLP, depth: int, neuron: int) -> None:
         mlp.layers[depth].bias[neuron] = -1.0
 
 
-def masks_of(mlp: ne.MLP) -> list[torch.Tensor]:
-    return [layer.mask.clone() for layer in mlp.layers]
-
-
 def active_connections(mlp: ne.MLP) -> int:
     return sum(int(layer.mask.sum()) for layer in mlp.layers)
 
@@ -222,21 +218,6 @@ def test_growth_picks_the_top_k_of_those_with_a_gradient(
     assert topology.grow([layer], [score], fraction, adam) == count
     born = (layer.mask - before).nonzero().tolist()
     assert sorted(map(tuple, born)) == sorted(candidates[:count])
-
-
-def test_the_first_step_of_a_birth_is_no_longer_than_adams_own():
-    """With exp_avg_sq 0 at a large t, it would be 3.2 times the learning rate."""
-    mlp, adam = trained_mlp([5, 16, 8, 2], 0.3)
-    for state in adam.state.values():
-        state["step"].fill_(100_000)
-    masks = masks_of(mlp)
-    scores = [torch.ones_like(layer.weight) for layer in mlp.layers]
-    topology.grow(mlp.layers, scores, 0.5, adam)
-    gradients = [torch.full_like(p, 1.2) for p in mlp.parameters()]  # as large as before
-    adam.apply(gradients)
-    for layer, mask in zip(mlp.layers, masks, strict=True):
-        born = (layer.mask - mask) == 1
-        assert layer.weight[born].abs().max() < 3e-4
 
 
 # --- dormancy -----------------------------------------------------------------

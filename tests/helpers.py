@@ -264,10 +264,6 @@ def mlps_of(agent) -> dict[str, list[nn.Module]]:
     return {"actor": [agent.actor], "critic": [agent.critic_1, agent.critic_2]}
 
 
-def linear_layers(mlp: nn.Module) -> list[nn.Linear]:
-    return [part for part in mlp.modules() if isinstance(part, nn.Linear)]
-
-
 def values(module: nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for p in module.parameters()]
 

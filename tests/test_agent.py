@@ -369,21 +369,6 @@ def test_a_neuron_that_its_layer_norm_silenced_starts_anew(method):
                 assert torch.allclose(squares[anew], mean, rtol=0.2)
 
 
-# --- copies -------------------------------------------------------------------
-def test_a_copy_trains_its_own_networks_and_targets():
-    agent, buffer = make()
-    helpers.train(agent, buffer, 4)
-    rng = buffer.rng.get_state()
-    other = copy.deepcopy(agent)
-    before = helpers.values(agent)
-    train(other, buffer, updates=10, rounds=2)
-    assert helpers.equal(helpers.values(agent), before)
-    assert helpers.none_equal(helpers.values(other), before)
-    buffer.rng.set_state(rng)
-    train(agent, buffer, updates=10, rounds=2)  # as the original is
-    helpers.assert_equal(dict(other.state_dict()), dict(agent.state_dict()))
-
-
 # --- experience review --------------------------------------------------------
 def threshold(epsilon, before, now, **changes) -> float:
     options = {"review_decay": 0.005, "review_floor": 0.65, "critic_hidden": (60, 40)}

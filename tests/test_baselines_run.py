@@ -160,7 +160,7 @@ def test_what_another_run_left_is_refused(whole, tmp_path, capsys):
     flags = f"--resume {whole('redo')[0]} --method none"
     refused(capsys, flags, "--method must be redo or left out with --resume", module=td3)
     assert run_here(f"{TINY} --run-dir {tmp_path / 'run'}", ne, due={101: "SIGTERM"}) == 0
-    words = "checkpoint.pt is of another script"
+    words = "it is of ne_td3_continuous"
     refused(capsys, f"--resume {tmp_path / 'run'}", words, module=td3, code=1)
 
 

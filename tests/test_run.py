@@ -175,8 +175,9 @@ def test_a_signal_in_the_last_episode_ends_the_run(whole, tmp_path):
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
+    """Of whatever kind."""
     folder = tmp_path / "run"
-    code, out, err = finish(launch(f"{RUN} --run-dir {folder}", "262:SIGINT 263:SIGINT"))
+    code, out, err = finish(launch(f"{RUN} --run-dir {folder}", "262:SIGUSR1 263:SIGINT"))
     assert code == -signal.SIGINT
     assert err.count("finishing the episode") == 1
     assert "stopped" not in out
@@ -544,13 +545,13 @@ def test_what_is_no_whole_checkpoint_is_refused(interrupted, monkeypatch, capsys
     else:
         torch.save(content, path)
     monkeypatch.chdir(interrupted)
-    assert_not_resumed(interrupted, capsys, "checkpoint.pt is missing, damaged or not a checkpoint")
+    assert_not_resumed(interrupted, capsys, "checkpoint.pt is missing, damaged or not")
     assert not Path("executed").exists()
 
 
 # (change, what the message says, exit code)
 CHANGES = {
-    "script": (lambda c: c.update(script="ne_drq_dmc"), "of another script", 1),
+    "script": (lambda c: c.update(script="ne_drq_dmc"), "it is of ne_drq_dmc", 1),
     "more flags": (lambda c: c["args"].update(scale=2), "other flags", 1),
     "fewer flags": (lambda c: c["args"].pop("gamma"), "other flags", 1),
     "flag out of range": (lambda c: c["args"].update(gamma=7.0), "--gamma", 2),

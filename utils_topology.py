@@ -86,9 +86,9 @@ def count_active(mask: torch.Tensor) -> int:
 class Adam(torch.optim.Adam):
     """Adam with its state made at once, so that a round can change it before a step.
 
-    `apply` is `step` without its bookkeeping, a tenth of an update of small networks on a CPU.
-    It takes the rate from `param_groups`. A CUDA graph keeps the number that it was captured
-    with: to anneal it there, make that entry a tensor.
+    `apply` is `step` without its bookkeeping, a tenth of a small network's update on a CPU.
+    It takes the rate from `param_groups`. A CUDA graph keeps the number it was captured with:
+    to anneal it there, make that entry a tensor.
     """
 
     def __init__(self, params: list[torch.Tensor], learning_rate: float):
@@ -109,7 +109,7 @@ class Adam(torch.optim.Adam):
     def list_state(self) -> None:
         self.params = self.param_groups[0]["params"]
         states = [self.state[p] for p in self.params]
-        # views of one tensor, so that all count in one operation; a loaded one is on the CPU
+        # views of one tensor, so that all count in one operation
         steps = [state["step"].to(state["exp_avg"].device) for state in states]
         self.counter = torch.stack(steps)  # (params,)
         self.steps = list(self.counter)
@@ -121,17 +121,17 @@ class Adam(torch.optim.Adam):
     @torch.no_grad()
     def apply(self, gradients) -> None:
         """One step with gradients of the parameters, in their order."""
-        in_order = []
+        ordered = []
         for p, gradient in zip(self.params, gradients, strict=True):
             if gradient.stride() != p.stride():  # which the kernel does not look at
                 gradient = torch.empty_like(p).copy_(gradient)
-            in_order.append(gradient)
+            ordered.append(gradient)
         group = self.param_groups[0]
         beta1, beta2 = group["betas"]
         self.counter.add_(1)
         torch._fused_adam_(
             self.params,
-            in_order,
+            ordered,
             self.exp_avgs,
             self.exp_avg_sqs,
             max_exp_avg_sqs=[],
@@ -165,15 +165,21 @@ def set_moments(optimizer, parameter: torch.Tensor, where, square) -> None:
 
 # --- growth (§4.2, elastic neuron generation) ---------------------------------
 def planned_births(layers, fraction: float) -> int:
-    """ceil(fraction * inactive connections), as if all were candidates, over all layers."""
-    inactive = [layer.mask.numel() - count_active(layer.mask) for layer in layers]
-    return sum(math.ceil(fraction * count) for count in inactive)
+    """As if all inactive connections were candidates, over all layers."""
+    planned = 0
+    for layer in layers:
+        inactive = layer.mask.numel() - count_active(layer.mask)
+        planned += math.ceil(fraction * inactive)
+    return planned
 
 
 def random_scores(layers, rng: torch.Generator) -> list[torch.Tensor]:
     """Naive growth (§4.1): uniform in (0, 1], (out, in) of each layer."""
-    uniform = [1 - torch.rand(layer.mask.shape, generator=rng) for layer in layers]
-    return [u.to(layer.mask.device) for u, layer in zip(uniform, layers, strict=True)]
+    scores = []
+    for layer in layers:
+        uniform = 1 - torch.rand(layer.mask.shape, generator=rng)
+        scores.append(uniform.to(layer.mask.device))
+    return scores
 
 
 @torch.no_grad()
@@ -230,7 +236,7 @@ def prune(layers, hidden, budget: int, clip: float, optimizer, rng, norms=()) ->
     A pruned neuron loses all outgoing connections. Its incoming ones are drawn anew as at
     birth: fan-in at the layer's initial density but never more than it had, never from a
     dormant neuron, weights and bias from the initialiser. So it is alive again but silent,
-    and the network's output on the batch does not change (but for LayerNorm's statistics).
+    and the output on the batch does not change (but for LayerNorm's statistics).
 
     Args:
         layers: all layers of the network, from input to output.
@@ -264,7 +270,8 @@ def prune(layers, hidden, budget: int, clip: float, optimizer, rng, norms=()) ->
         gone += cost
 
         # incoming: drawn anew
-        weight_square = mean_square(optimizer, incoming.weight, count_active(incoming.mask))
+        active = count_active(incoming.mask)
+        weight_square = mean_square(optimizer, incoming.weight, active)
         bias_square = mean_square(optimizer, incoming.bias, incoming.out_features)
         order = torch.randperm(len(inputs), generator=rng)
         drawn = inputs[order[:fan_in]].to(incoming.mask.device)

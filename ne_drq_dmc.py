@@ -989,8 +989,7 @@ def main() -> None:
             row |= measure(agent, batch, progress)
             progress.returns = []
             write_row(folder, row)
-            for key, value in row.items():
-                log.scalar(key, value, step)
+            log.row(row, step)
             tqdm.write(f"step {step:,}: return {mean:,.1f} +- {std:,.1f}")
 
         # episode end; no environment can be saved inside an episode
@@ -1162,6 +1161,12 @@ class Log:
         self.writer.add_scalar(key, value, step)
         if self.tracker is not None:
             self.tracker.log({key: float(value), "global_step": step})
+
+    def row(self, row: dict, step: int) -> None:
+        """Episodes and losses are logged as they come."""
+        for key, value in row.items():
+            if key.startswith(("eval/", "ne/")):
+                self.scalar(key, value, step)
 
     def close(self) -> None:
         self.writer.close()

@@ -666,8 +666,7 @@ def evaluate_tasks(agent, buffer, progress, envs, step: int, folder: Path, log) 
         log.scalar(f"eval/{name}/return_mean", mean, step)
         tqdm.write(f"step {step:,}: {name} return {mean:,.1f} +- {std:,.1f}")
     log.scalar("task/id", task, step)
-    for key, value in measured.items():
-        log.scalar(key, value, step)
+    log.row(measured, step)
 
 
 def measure(agent: Agent, batch: Batch, progress: Progress, step: int) -> dict[str, float]:
@@ -1038,6 +1037,12 @@ class Log:
         self.writer.add_scalar(key, value, step)
         if self.tracker is not None:
             self.tracker.log({key: float(value), "global_step": step})
+
+    def row(self, row: dict, step: int) -> None:
+        """Episodes and losses are logged as they come."""
+        for key, value in row.items():
+            if key.startswith(("eval/", "ne/")):
+                self.scalar(key, value, step)
 
     def close(self) -> None:
         self.writer.close()

@@ -353,8 +353,7 @@ def main() -> None:
             row |= measure(agent, batch, progress)
             progress.returns = []
             write_row(folder, row)
-            for key, value in row.items():
-                log.scalar(key, value, step)
+            log.row(row, step)
             tqdm.write(f"step {step:,}: return {mean:,.1f} +- {std:,.1f}")
 
         # episode end; no environment can be saved inside an episode

@@ -1,6 +1,6 @@
 """HalfCheetah with changed dynamics and rewards: ten tasks of one body, for runs in sequence.
 
-shifts.py makes the runs. `python benchmark/shifted_tasks.py` lists the tasks.
+shifts.py makes the runs.
 In the repository's root they are Gymnasium ids as they stand, of any script:
 
     python ne_td3_continual.py --tasks benchmark.shifted_tasks:CheetahSlippery-v0 ...
@@ -10,7 +10,6 @@ Elsewhere, with PYTHONPATH at the folder benchmark, the module is called shifted
 Observations, actions and the length of an episode are those of HalfCheetah-v5.
 """
 
-import signal
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -63,16 +62,4 @@ def register() -> None:
             )
 
 
-def main() -> None:
-    print(f"{'task':26} {'rewarded':9} {'friction':>8} {'gravity':>8}")
-    for name, shift in SHIFTS.items():
-        rewarded = "forward" if shift.direction > 0 else "backward"
-        print(f"{name + '-v0':26} {rewarded:9} {shift.friction:8g} {shift.gravity:8g}")
-
-
 register()
-
-if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    main()

@@ -157,7 +157,10 @@ class ReplayBuffer:
         first = self.position if self.size == len(self.data) else 0  # the oldest row
         count = max(1, int(oldest * self.size))
         age = torch.randint(count, (size,), generator=rng, device=rng.device)
-        index = (first + age) % len(self.data)  # (B,), age 0 is the oldest
+        return self.batch((first + age) % len(self.data), rng)  # age 0 is the oldest
+
+    def batch(self, index: torch.Tensor, rng: torch.Generator) -> Batch:
+        """The rows (B,) of an index, with noise."""
         rows = self.data[index.to(self.data.device)]
         obs, actions, next_obs, ends = rows.split((self.n_obs, self.n_act, self.n_obs, 2), dim=1)
         noise = torch.randn(actions.shape, generator=rng, device=rng.device)
@@ -911,9 +914,9 @@ class Stop:
     def __init__(self):
         self.signal = None
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows has the first two
+            number = getattr(signal, name, signal.SIGTERM)  # Windows lacks two
             nohup = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
-            if number is not None and not nohup:
+            if not nohup:
                 signal.signal(number, self.request)
 
     def request(self, number: int, frame) -> None:
@@ -934,9 +937,7 @@ class Stop:
 def save(folder: Path, args, resumed, step: int, parts: tuple, finished=False) -> None:
     """Atomic: a run that is killed in here keeps the checkpoint before.
 
-    Args:
-        resumed: the checkpoint from which the run was resumed, or None; it has the first
-            arguments.
+    The arguments are those of the run's first start, which a resumed checkpoint has.
     """
     agent, buffer, progress, noise_rng, envs = parts
     for parameter in agent.parameters():
@@ -1008,13 +1009,13 @@ def load_checkpoint(folder: Path, Args: type) -> dict:
                 raise ValueError("a checksum is wrong")
         mmap = os.name == "posix"  # elsewhere no file that is open can be replaced
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        same_script = checkpoint["script"] == Args.exp_name
-        same_flags = set(checkpoint["args"]) == set(vars(Args()))
+        if checkpoint["script"] != Args.exp_name:
+            raise ValueError(f"it is of {checkpoint['script']}")
+        if set(checkpoint["args"]) != set(vars(Args())):
+            raise ValueError("it is of another version, with other flags")
     except Exception as e:  # zipfile and torch raise many kinds
         reason = str(e).partition("\n")[0]
-        die(f"{path} is missing, damaged or not a checkpoint: {reason}", code=1)
-    if not (same_script and same_flags):
-        die(f"{path} is of another script or version, with other flags", code=1)
+        die(f"{path} is missing, damaged or not this script's: {reason}", code=1)
     return checkpoint
 
 

@@ -21,59 +21,56 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python baselines/NAME.py
 
 import utils_topology as topology
 from ne_td3_continuous import (
     Batch,
-    EnvironmentFault,
+    Log,
     Progress,
     ReplayBuffer,
-    Run,
     RunArgs,
+    Stop,
     TD3Args,
     as_script,
     die,
-    evaluate_postponed,
+    evaluate,
     fast_updates,
     make_env,
     measure,
+    open_folder,
     parse_args,
+    require_finite,
     restore,
-    set_up_torch,
+    save,
+    set_up,
+    write_row,
 )
+
+Method = Literal["none", "reset", "redo", "regrama", "layer-norm", "injection", "recency"]
 
 
 @dataclass
 class MethodArgs:
     """A rival of NE, and its flags."""
 
-    method: Literal["none", "reset", "redo", "regrama", "layer-norm", "injection", "recency"] = (
-        "none"
-    )
-    """what acts on TD3; none: TD3"""
-    reset_interval: int = 200_000
-    """reset: environment steps between two (Nikishin et al. 2022)"""
-    redo_interval: int = 1_000
-    """redo: updates between two (Sokar et al. 2023)"""
-    redo_tau: float = 0.1
-    """redo: a neuron is dormant at a score (Eq. 1) of at most this"""
-    regrama_interval: int = 1_000
-    """regrama: updates between two (Liu et al. 2025, authors' code)"""
-    regrama_tau: float = 0.1
-    """regrama: a neuron is inactive at a score of at most this (authors' README)"""
-    injection_step: int | None = None
-    """injection: environment step of it (Nikishin et al. 2024); default: half the run"""
-    recency_horizon: int = 80_000
-    """recency: a transition's weight is max(0.1, 1 - age / this) (Wu et al. 2026)"""
+    method: Method = "none"  # what acts on TD3; none: TD3
+    reset_interval: int = 200_000  # reset: steps between two (Nikishin et al. 2022)
+    redo_interval: int = 1_000  # redo: updates between two (Sokar et al. 2023)
+    redo_tau: float = 0.1  # redo: a neuron is dormant at a score (Eq. 1) up to this
+    regrama_interval: int = 1_000  # regrama: updates between two (Liu et al. 2025, their code)
+    regrama_tau: float = 0.1  # regrama: inactive is a score up to this (their README)
+    injection_step: int | None = None  # injection (Nikishin et al. 2024); default: half the run
+    recency_horizon: int = 80_000  # recency: weight max(0.1, 1 - age / this) (Wu et al. 2026)
 
 
 @dataclass
 class Args(MethodArgs, TD3Args, RunArgs):
-    """All flags."""
+    """TD3 (Fujimoto et al. 2018) and rivals of Neuroplastic Expansion on it."""
 
-    exp_name: str = "td3_continuous"
+    exp_name: str = "td3_continuous"  # part of the run's name
 
 
 # --- networks -----------------------------------------------------------------
@@ -83,6 +80,8 @@ class MLP(nn.Module):
     After a plasticity injection `layers` is theta_1, which learns, `frozen` is theta, which
     it was until then, and `copied` is theta_2, what theta_1 started from.
     """
+
+    counts = {"planned": 0, "grown": 0, "pruned": 0}  # as NE's, for the same columns
 
     def __init__(self, sizes: list[int], method: str):
         super().__init__()
@@ -141,7 +140,7 @@ class Actor(MLP):
     def act(self, obs: np.ndarray) -> np.ndarray:
         """(obs,) -> (act,)."""
         device = self.layers[0].weight.device
-        row = torch.as_tensor(obs, dtype=torch.float32).to(device)
+        row = torch.as_tensor(obs, dtype=torch.float32, device=device)
         actions = self(row[None])  # (1, act)
         return actions[0].cpu().numpy()
 
@@ -186,20 +185,17 @@ class Network:
 
     def hidden(self, batch: Batch) -> list[torch.Tensor]:
         """Activations [(B, n), ...] of the hidden layers of all MLPs."""
-        hidden = []
-        for mlp in self.mlps:
-            hidden += mlp.hidden(batch)
-        return hidden
+        return [h for mlp in self.mlps for h in mlp.hidden(batch)]
 
 
 class Agent(nn.Module):
     """Actor, twin critics and their targets; both updates are functions of a batch."""
 
-    def __init__(self, args: Args, n_obs: int, n_act: int, device, method_seed: int = 12_345):
+    def __init__(self, args: Args, n_obs: int, n_act: int, method_seed: int, device):
         super().__init__()
         self.args = args
-        # all that a method draws: it must not shift exploration noise and batches
-        self.method_rng = torch.Generator().manual_seed(method_seed)
+        # of all that a method draws: it must not shift exploration noise and batches
+        self.rng = torch.Generator().manual_seed(method_seed)
         actor_sizes = [n_obs, *args.actor_hidden, n_act]
         critic_sizes = [n_obs + n_act, *args.critic_hidden, 1]
         self.actor = Actor(actor_sizes, args.method)
@@ -215,6 +211,7 @@ class Agent(nn.Module):
             "actor": Network([self.actor], [self.target_actor], args.learning_rate),
             "critic": Network(critics, target_critics, args.learning_rate),
         }
+        self.optimizers = [network.optimizer for network in self.networks.values()]
 
     def critic_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Eq. 3 with TD3's target smoothing and clipped double Q. Returns: loss, mean Q."""
@@ -293,7 +290,7 @@ def draw_all(network: Network, rng: torch.Generator) -> None:
 def reset(agent: Agent) -> None:
     """Reset (Nikishin et al. 2022): networks, targets and Adam's state start anew."""
     for network in agent.networks.values():
-        draw_all(network, agent.method_rng)
+        draw_all(network, agent.rng)
         network.update_targets(tau=1.0)
 
 
@@ -326,7 +323,7 @@ def redo(agent: Agent, batch: Batch) -> None:
             for h in mlp.hidden(batch):
                 scores = topology.dormancy_scores(h)  # (n,)
                 dormant.append(scores <= agent.args.redo_tau)
-            start_anew(mlp, dormant, network.optimizer, agent.method_rng)
+            start_anew(mlp, dormant, network.optimizer, agent.rng)
 
 
 def neuron_gradients(mlp: MLP, loss_of, batch: Batch) -> list[torch.Tensor]:
@@ -367,7 +364,7 @@ def regrama(agent: Agent, batch: Batch) -> None:
             for gradient in neuron_gradients(mlp, losses[name], batch):
                 scores = topology.dormancy_scores(gradient)  # (n,)
                 inactive.append(scores <= agent.args.regrama_tau)
-            start_anew(mlp, inactive, network.optimizer, agent.method_rng)
+            start_anew(mlp, inactive, network.optimizer, agent.rng)
 
 
 @torch.no_grad()
@@ -381,7 +378,7 @@ def inject(agent: Agent) -> None:
         for mlp in network.mlps + network.targets:
             mlp.frozen.load_state_dict(mlp.layers.state_dict())
             mlp.injected = True
-        draw_all(network, agent.method_rng)
+        draw_all(network, agent.rng)
         for mlp, target in zip(network.mlps, network.targets, strict=True):
             fresh = mlp.layers.state_dict()
             for layers in (mlp.copied, target.layers, target.copied):
@@ -395,29 +392,24 @@ def recency_weights(args: Args, device: torch.device) -> torch.Tensor:
     return weights.clamp_min(0.1).cumsum(0)
 
 
-def sample_recent(buffer: ReplayBuffer, batch: Batch, sums: torch.Tensor) -> None:
-    """Fills `batch` with transitions drawn by the weights of their ages."""
+def sample_recent(buffer: ReplayBuffer, size: int, sums: torch.Tensor) -> Batch:
+    """A batch of transitions drawn by the weights of their ages."""
     sums = sums[: buffer.size]
-    u = torch.rand(len(batch.rows), generator=buffer.rng, dtype=sums.dtype, device=sums.device)
+    u = torch.rand(size, generator=buffer.rng, dtype=sums.dtype, device=sums.device)
     age = torch.searchsorted(sums, u * sums[-1], right=True)
     age = age.clamp_max(buffer.size - 1)  # (B,), for a u that rounding takes to the end
-    index = (buffer.position - 1 - age) % len(buffer.data)
-    torch.index_select(buffer.data, 0, index, out=batch.rows)
-    noise = torch.randn(batch.noise.shape, generator=buffer.rng, device=sums.device)
-    batch.noise.copy_(noise)
+    return buffer.batch((buffer.position - 1 - age) % len(buffer.data), buffer.rng)
 
 
 # --- flags and metrics --------------------------------------------------------
 def check_method(args: Args) -> None:
     """Fills in --injection-step. Raises: SystemExit(2) for a flag of another method."""
     for flag in fields(MethodArgs):
-        value = getattr(args, flag.name)
         method = flag.name.split("_")[0]
-        name = "--" + flag.name.replace("_", "-")
-        if flag.name != "method" and value != flag.default and args.method != method:
+        given = getattr(args, flag.name) != flag.default
+        if given and method not in ("method", args.method):
+            name = "--" + flag.name.replace("_", "-")
             die(f"{name} needs --method {method}, got --method {args.method}")
-        if flag.name.endswith("_interval") and value < 1:
-            die(f"{name} must be at least 1, got {value}")
     if args.method == "injection":
         if args.injection_step is None:
             args.injection_step = max(1, args.total_timesteps // 2)
@@ -426,156 +418,123 @@ def check_method(args: Args) -> None:
             die(f"--injection-step must be at most {last}, got {args.injection_step}")
 
 
-def reset_steps(args: Args) -> range:
-    """Environment steps of the resets; there is none at the last step."""
-    if args.method != "reset":
-        return range(0)
-    return range(args.reset_interval, args.total_timesteps, args.reset_interval)
-
-
-def method_plan(args: Args) -> str:
-    """One line that says what to expect."""
-    if args.method == "reset":
-        return f"method: reset, {len(reset_steps(args))} times"
-    if args.method == "injection":
-        return f"method: injection, at step {args.injection_step:,}"
-    return f"method: {args.method}"
-
-
 def main() -> None:
     # --- setup ---
     args, checkpoint = parse_args(Args)
     check_method(args)
-    if args.batch_size > args.buffer_size:
-        die(f"--batch-size must be at most {args.buffer_size}, got {args.batch_size}")
-    device = set_up_torch(args)
+    device = set_up(args)
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     weight_seed, noise_seed, batch_seed, method_seed = seeds
     torch.manual_seed(weight_seed)
     noise_rng = np.random.default_rng(noise_seed)
-    env = make_env(args.env_id, args.max_episode_steps)
-    eval_env = make_env(args.env_id, args.max_episode_steps)
+    env = make_env(args.env_id)
+    eval_env = make_env(args.env_id)
     n_obs = env.observation_space.shape[0]
     n_act = env.action_space.shape[0]
-    agent = Agent(args, n_obs, n_act, device, method_seed)
+    agent = Agent(args, n_obs, n_act, method_seed, device)
     buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, batch_seed, device)
-    batch = buffer.new_batch(args.batch_size)
-    metrics_batch = buffer.new_batch(args.batch_size)
-    progress = Progress.of(agent)
+    progress = Progress()
+    parts = (agent, buffer, progress, noise_rng, [env])  # all that a resumed run needs
+    start = 0
     obs, _ = env.reset(seed=args.seed)
-
-    # all that a resumed run needs
-    parts = {"agent": agent, "buffer": buffer, "progress": progress}
-    parts["method_rng"] = agent.method_rng
-    parts["noise_rng"] = noise_rng
-    parts["env_rng"] = env
-    for name, network in agent.networks.items():
-        parts[f"{name}_optimizer"] = network.optimizer
     if checkpoint is not None:
-        restore(parts, checkpoint)
+        start = checkpoint["step"]
+        restore(parts, checkpoint["parts"])
         obs, _ = env.reset()
-    run = Run(args, args.env_id, args.total_timesteps, checkpoint)
-    print(f"{args.env_id}, seed {args.seed}, {device}: {run.folder}\n{method_plan(args)}")
-    evaluate_postponed(run, progress, agent.actor, eval_env, args)
-    update_critic, update_actor = fast_updates(args, agent, batch)
+    folder, lock = open_folder(args, checkpoint, args.env_id)
+    log = Log(args, folder, start)
+    stop = Stop()
+    print(f"{args.env_id}, seed {args.seed}, {device}: {folder}\nmethod: {args.method}")
+    update_critic, update_actor = fast_updates(args, agent, buffer)
+    weight_sums = recency_weights(args, device)
 
     # --- the loop ---
-    resets = reset_steps(args)
-    weight_sums = recency_weights(args, device)
-    episodic_return = 0.0
-    episodic_length = 0
+    saved = start
     started = time.time()
-    first = run.saved + 1
-    for step in range(first, args.total_timesteps + 1):
+    last = args.total_timesteps
+    for step in tqdm(range(start + 1, last + 1), initial=start, total=last, disable=None):
         # act
         if step <= args.learning_starts:
             action = noise_rng.uniform(-1, 1, n_act)
         else:
             noise = noise_rng.normal(0, args.exploration_noise, n_act)
             action = agent.actor.act(obs) + noise
-            run.require_finite(step, action)
         action = action.clip(-1, 1).astype(np.float32)
 
         # update; before the environment steps, so that on CUDA both run at the same time
-        if step > args.learning_starts:
+        updates = args.replay_ratio if step > args.learning_starts else 0
+        for _ in range(updates):
             progress.updates += 1
             if args.method == "recency":
-                sample_recent(buffer, batch, weight_sums)
+                batch = sample_recent(buffer, args.batch_size, weight_sums)
             else:
-                buffer.sample(batch)
+                batch = buffer.sample(args.batch_size)
             # critic, then actor and targets
             losses = {}
             losses["qf_loss"], losses["qf_values"] = update_critic(batch)
             if progress.updates % args.policy_frequency == 0:
                 losses["actor_loss"] = update_actor(batch)
-            for key, value in losses.items():
-                progress.losses[key] = value.clone()
+            progress.losses |= {key: value.clone() for key, value in losses.items()}
             if args.method == "redo" and progress.updates % args.redo_interval == 0:
                 redo(agent, batch)
             if args.method == "regrama" and progress.updates % args.regrama_interval == 0:
                 regrama(agent, batch)
 
         # step and store
-        try:
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-        except EnvironmentFault as fault:
-            run.fail(step, str(fault))
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        require_finite(step, action=action, observation=next_obs, reward=reward)
         buffer.add(obs, action, next_obs, reward, terminated)
         obs = next_obs
-        episodic_return += reward
-        episodic_length += 1
         ended = terminated or truncated
         if ended:
-            run.log(step, "charts/episodic_return", episodic_return)
-            run.log(step, "charts/episodic_length", episodic_length)
+            episodic_return = float(info["episode"]["r"])
             progress.returns.append(episodic_return)
+            log.scalar("charts/episodic_return", episodic_return, step)
+            log.scalar("charts/episodic_length", info["episode"]["l"], step)
 
         # rivals that count environment steps
-        if step in resets:
+        if args.method == "reset" and step % args.reset_interval == 0 and step < last:
             reset(agent)
         if args.method == "injection" and step == args.injection_step:
             inject(agent)
             if args.compile:  # what is compiled is the networks before
                 del agent.critic_gradients, agent.actor_gradients
-            update_critic, update_actor = fast_updates(args, agent, batch)
+            update_critic, update_actor = fast_updates(args, agent, buffer)
 
         # evaluate and log
-        run.bar.update()
         if step % 1_000 == 0:
-            run.log(step, "charts/SPS", (step - first + 1) / (time.time() - started))
+            log.scalar("charts/SPS", (step - start) / (time.time() - started), step)
             for key, value in progress.losses.items():
-                run.log(step, f"losses/{key}", value)
-        last = step == args.total_timesteps
-        if step % args.eval_frequency == 0 or last:
-            run.require_finite(step, *agent.parameters())
-            buffer.sample(metrics_batch, rng=torch.Generator().manual_seed(step))
-            row = measure(agent, metrics_batch, progress, step)
+                log.scalar(f"losses/{key}", value, step)
+        if step % args.eval_frequency == 0 or step == last:
+            returns = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed)
+            mean = float(np.mean(returns))
+            std = float(np.std(returns))
+            row = {"step": step, "eval/return_mean": mean, "eval/return_std": std}
+            rng = torch.Generator().manual_seed(step)
+            batch = buffer.sample(args.batch_size, rng=rng)
+            row |= measure(agent, batch, progress)
             progress.returns = []
-            weights = copy.deepcopy(agent.actor.state_dict())
-            progress.postponed.append((row, weights))
-            evaluate_postponed(run, progress, agent.actor, eval_env, args, last)
+            write_row(folder, row)
+            for key, value in row.items():
+                log.scalar(key, value, step)
+            tqdm.write(f"step {step:,}: return {mean:,.1f} +- {std:,.1f}")
 
-        # episode end
-        if ended:
-            # no environment can be saved inside an episode
-            stopping = run.stop_signal is not None
-            due = step - run.saved >= args.checkpoint_frequency
-            if (due or stopping) and not last:
-                run.require_finite(step, *agent.parameters())
-                run.save(step, parts)
-                if stopping:
-                    run.leave(step)
-            episodic_return = 0.0
-            episodic_length = 0
+        # episode end; no environment can be saved inside an episode
+        if ended and step < last:
+            if stop.signal or step - saved >= args.checkpoint_frequency:
+                save(folder, args, checkpoint, step, parts)
+                saved = step
+            if stop.signal:
+                log.close()
+                lock.release()
+                stop.leave(step, folder)
             obs, _ = env.reset()
 
-    run.require_finite(step, *agent.parameters())
-    del parts["buffer"]  # a finished run needs it no more
-    run.save(step, parts, finished=True)
-    run.close()
-    print(f"finished: {run.folder}, {(step - first + 1) / (time.time() - started):.0f} steps/s")
-    for name in agent.networks:
-        print(f"{name}: active neurons {row[f'ne/{name}/active_ratio']:.1%}")
+    save(folder, args, checkpoint, step, parts, finished=True)
+    log.close()
+    lock.release()
+    print(f"finished: {folder}, {(step - start) / (time.time() - started):.0f} steps/s")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import ne_td3_continuous as ne
 import probes
 import utils_topology as topology
 from baselines import td3_continuous as td3
-from ne_td3_continuous import parse_args  # noqa: F401, for run.py
+from ne_td3_continuous import ReplayBuffer, as_script, parse_args
 
 
 class Arm(NamedTuple):
@@ -139,7 +139,7 @@ class Learner:
         self.arm = ARMS[args.arm]
         self.args = script_args(args)
         self.agent = self.arm.script.Agent(self.args, n_obs, n_act, agent_seed, device)
-        self.buffer = ne.ReplayBuffer(args.buffer_size, n_obs, n_act, batch_seed, device)
+        self.buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, batch_seed, device)
         self.progress = Progress()
         updates = ne.fast_updates(self.args, self.agent, self.buffer)
         self.update_critic, self.update_actor = updates
@@ -339,4 +339,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ne.as_script(main)
+    as_script(main)

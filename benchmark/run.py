@@ -38,8 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass
 class Args:
-    figure: Positional[Literal[tuple(matrix.FIGURES)]]
-    """the figure whose runs are made"""
+    figure: Positional[Literal[tuple(matrix.FIGURES)]]  # whose runs are made
     seeds: int | None = None  # seeds 1, 2, ..., this; default: 7, with --quick 1 to 3
     quick: bool = False  # small version of the runs: about an hour on two cores
     short: bool = False  # 200,000 steps instead of a million

@@ -1,12 +1,8 @@
 """HalfCheetah with changed dynamics and rewards: ten tasks of one body, for runs in sequence.
 
-shifts.py makes the runs.
-In the repository's root they are Gymnasium ids as they stand, of any script:
-
-    python ne_td3_continual.py --tasks benchmark.shifted_tasks:CheetahSlippery-v0 ...
-
-Elsewhere, with PYTHONPATH at the folder benchmark, the module is called shifted_tasks:
-    PYTHONPATH=/path/to/benchmark python ... --tasks shifted_tasks:CheetahSlippery-v0
+shifts.py makes the runs. In the repository's root they are Gymnasium ids of any script, such as
+benchmark.shifted_tasks:CheetahSlippery-v0; elsewhere, with PYTHONPATH at the folder benchmark,
+shifted_tasks:CheetahSlippery-v0.
 Observations, actions and the length of an episode are those of HalfCheetah-v5.
 """
 
@@ -14,8 +10,6 @@ from typing import NamedTuple
 
 import gymnasium as gym
 from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
-
-EPISODE = 1_000  # steps, as HalfCheetah-v5
 
 
 class Shift(NamedTuple):
@@ -50,16 +44,7 @@ class ShiftedCheetah(HalfCheetahEnv):
         self.model.opt.gravity *= gravity
 
 
-def register() -> None:
-    for name, shift in SHIFTS.items():
-        env_id = f"{name}-v0"
-        if env_id not in gym.registry:  # the module may be imported under both its names
-            gym.register(
-                env_id,
-                entry_point=ShiftedCheetah,
-                max_episode_steps=EPISODE,
-                kwargs=shift._asdict(),
-            )
-
-
-register()
+for _name, _shift in SHIFTS.items():
+    if f"{_name}-v0" not in gym.registry:  # the module may be imported under both its names
+        _options = {"max_episode_steps": 1_000, "kwargs": _shift._asdict()}  # as HalfCheetah-v5
+        gym.register(f"{_name}-v0", entry_point=ShiftedCheetah, **_options)

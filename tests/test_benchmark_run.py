@@ -428,7 +428,8 @@ def test_what_can_never_start_is_one_line(monkeypatch, capsys, tmp_path, more, s
 
 def launch(out: Path, *args: str, **sizes) -> subprocess.Popen:
     command = [sys.executable, str(SCRIPT), *arguments(out, *args, **sizes)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # of fake_task
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def listening_addresses(pids: set[int]) -> set[str]:
@@ -449,11 +450,8 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 def test_a_local_instance_makes_what_is_missing_and_lists_what_failed(
     done, tmp_path, monkeypatch, capsys
 ):
-    # refused by one script only: its layers are too few
-    some = ("--methods", "td3_dense", "ne_td3", "--seeds", "1")
-    failing, finishing = jobs_in(tmp_path, *some)[::-1]
-    Path(failing.folder).mkdir()
-    (Path(failing.folder) / "lock").mkdir()  # where the script wants to write
+    some = (*ONE, "--tasks", "fake_task:NaNObs-v0", "Pendulum-v1")
+    failing, finishing = jobs_in(tmp_path, *some)
     process = launch(tmp_path, *some, "--cpus", "1")
     finished = Path(finishing.folder)
     wait_for(lambda: run.last_step(finished) or process.poll() is not None)
@@ -461,14 +459,15 @@ def test_a_local_instance_makes_what_is_missing_and_lists_what_failed(
     _, err = process.communicate(timeout=240)
     assert addresses and addresses <= LOOPBACK
     assert process.returncode == 1 and "figure6: 1 of 2 runs are finished" in err
-    assert f"not finished: {failing.name}: exit code " in err
+    problem = "exit code 1: error: the observation is NaN or infinite at step 130"
+    assert f"not finished: {failing.name}: {problem}" in err
     assert results(finishing) == results(done)
 
     code, _, err = main(monkeypatch, capsys, *arguments(tmp_path, *some))  # nothing to do
     assert code == 1 and "1 failed, 1 finished" in err and "made again by --retry-failed" in err
     again = arguments(tmp_path, *some, "--retry-failed", "--dry-run")
     _, printed, _ = main(monkeypatch, capsys, *again)
-    assert printed.count("\n") == 1 and "ne_td3_continuous.py" in printed
+    assert printed.count("\n") == 1 and "NaNObs" in printed
     assert [len(starts(job)) for job in (failing, finishing)] == [1, 1]
 
 

@@ -119,12 +119,11 @@ def fresh_returns(out: Path, stretch: int) -> list[np.ndarray]:
 
 def returns_of(folder: Path) -> np.ndarray:
     """(tasks,), at the end of each task's stretch."""
-    columns = ["task_trained", "task_evaluated", "charts/episodic_return", "eval/return_mean"]
+    columns = ["task_trained", "task_evaluated", "eval/return_mean"]
     rows = drawing.read_rows(folder / "results.csv", columns)
     returns = []
     for task in TASKS:
         own = [row for row in rows if row["task_trained"] == row["task_evaluated"] == task]
-        own = [row for row in own if row["charts/episodic_return"] != "nan"]
         if len(own) < 2:
             drawing.die(f"{folder} has fewer than two evaluations on {task}")
         returns.append(late_return(own))

@@ -125,6 +125,11 @@ def test_growth_while_priming(primed, tmp_path):
     # rows: step 100, 200 (after priming), 300
     assert grown_off[1] == 0 < grown_on[1]
     assert grown_on[2] > grown_on[1] and grown_off[2] > 0
+    # and no review is drawn or counted meanwhile
+    epsilons = [
+        column(folder / "results.csv", "ne/review_epsilon") for folder in (on, primed["ne"])
+    ]
+    assert epsilons[0][1] < 1 == epsilons[1][1] > epsilons[1][2]
 
 
 def test_a_reset_after_priming_is_a_new_network(primed):

@@ -6,6 +6,7 @@ for it, so figures share runs.
 give are marked ours.
 """
 
+import itertools
 from typing import NamedTuple
 
 # what follows `python` in the repository's root
@@ -27,9 +28,12 @@ class Method(NamedTuple):
     label: str  # in figures and tables
     script: str
     flags: str = ""  # {words} are filled in from LENGTHS
-    # time per step on a CPU, in that of the script without a method
-    cost: float = 1.0
 
+
+GROWTH = "--review-floor 1 --no-prune"
+UNIFORM = " --sparse-init uniform"
+RANDOM = " --growth random"
+STATIC = "--review-floor 1 --growth none" + UNIFORM
 
 METHODS = {  # name in folders and file names: method
     "ne_td3": Method("NE-TD3", NE),
@@ -38,30 +42,16 @@ METHODS = {  # name in folders and file names: method
     "td3_reset": Method("Reset", TD3, "--method reset --reset-interval {reset}"),
     "td3_redo": Method("ReDo", TD3, "--method redo"),
     "td3_regrama": Method("ReGraMa", TD3, "--method regrama"),
-    "td3_layer_norm": Method("LayerNorm", TD3, "--method layer-norm", cost=1.3),
-    "td3_injection": Method("Plasticity Injection", TD3, "--method injection", cost=1.4),
+    "td3_layer_norm": Method("LayerNorm", TD3, "--method layer-norm"),
+    "td3_injection": Method("Plasticity Injection", TD3, "--method injection"),
     "td3_recency": Method("recency-weighted", TD3, "--method recency"),
     # --- how to start and what to grow, without review (§4.1, §4.2) ---
-    "static_25": Method(
-        "static, density 0.25", NE, "--growth none --sparse-init uniform --review-floor 1"
-    ),
-    "static_50": Method(
-        "static, density 0.5",
-        NE,
-        "--growth none --sparse-init uniform --initial-density 0.5 --review-floor 1",
-    ),
-    "random_uniform": Method(
-        "random growth, uniform start",
-        NE,
-        "--growth random --sparse-init uniform --no-prune --review-floor 1",
-    ),
-    "random_erdos_renyi": Method(
-        "random growth", NE, "--growth random --no-prune --review-floor 1"
-    ),
-    "gradient_uniform": Method(
-        "gradient growth, uniform start", NE, "--sparse-init uniform --no-prune --review-floor 1"
-    ),
-    "gradient_erdos_renyi": Method("gradient growth", NE, "--no-prune --review-floor 1"),
+    "static_25": Method("static, density 0.25", NE, STATIC),
+    "static_50": Method("static, density 0.5", NE, STATIC + " --initial-density 0.5"),
+    "random_uniform": Method("random growth, uniform start", NE, GROWTH + UNIFORM + RANDOM),
+    "random_erdos_renyi": Method("random growth", NE, GROWTH + RANDOM),
+    "gradient_uniform": Method("gradient growth, uniform start", NE, GROWTH + UNIFORM),
+    "gradient_erdos_renyi": Method("gradient growth", NE, GROWTH),
     "ne_td3_no_review": Method("NE without review", NE, "--review-floor 1"),
     # --- parts of NE (§5.1, Figure 7; what its reviewers asked for) ---
     "ne_td3_actor_only": Method("NE on the actor only", NE, "--no-ne-critic"),
@@ -69,16 +59,16 @@ METHODS = {  # name in folders and file names: method
     "ne_td3_no_prune": Method("NE without pruning", NE, "--no-prune"),
     "ne_td3_no_growth": Method("NE without growth", NE, "--growth none"),
     # --- NE with others (§C) ---
-    "ne_td3_layer_norm": Method("NE + LayerNorm", NE, "--layer-norm", cost=1.3),
+    "ne_td3_layer_norm": Method("NE + LayerNorm", NE, "--layer-norm"),
     "ne_td3_redo": Method("NE + ReDo", NE, "--redo-interval 1000"),
     "ne_td3_reset": Method("NE + Reset", NE, "--reset-interval {reset}"),
     # --- larger networks (§B.1) ---
-    "ne_td3_scale2": Method("NE, scale 2", NE, widths(2), cost=2),
-    "ne_td3_scale3": Method("NE, scale 3", NE, widths(3), cost=2.6),
-    "ne_td3_scale4": Method("NE, scale 4", NE, widths(4), cost=3.2),
-    "td3_dense_scale2": Method("TD3, scale 2", TD3, widths(2), cost=2),
-    "td3_dense_scale3": Method("TD3, scale 3", TD3, widths(3), cost=2.6),
-    "td3_dense_scale4": Method("TD3, scale 4", TD3, widths(4), cost=3.2),
+    "ne_td3_scale2": Method("NE, scale 2", NE, widths(2)),
+    "ne_td3_scale3": Method("NE, scale 3", NE, widths(3)),
+    "ne_td3_scale4": Method("NE, scale 4", NE, widths(4)),
+    "td3_dense_scale2": Method("TD3, scale 2", TD3, widths(2)),
+    "td3_dense_scale3": Method("TD3, scale 3", TD3, widths(3)),
+    "td3_dense_scale4": Method("TD3, scale 4", TD3, widths(4)),
     # --- sensitivity, one value changed at a time (values ours) ---
     "ne_td3_alpha_half": Method("α / 2", NE, "--grow-rate {alpha_half}"),
     "ne_td3_alpha_twice": Method("α · 2", NE, "--grow-rate {alpha_twice}"),
@@ -103,11 +93,18 @@ METHODS = {  # name in folders and file names: method
 }
 
 
+CHEETAH = ("HalfCheetah-v5",)
+TWO = ("HalfCheetah-v5", "Ant-v5")  # where the paper says two tasks and not which (ours)
+MUJOCO = ("HalfCheetah-v5", "Humanoid-v5", "Ant-v5", "Hopper-v5")
+CONTINUAL = ("continual",)  # the sequence of all four; its scripts have no --env-id
+DMC = ("walker_walk", "reacher_easy", "reacher_hard", "cartpole_swingup_sparse")
+
+
 class Figure(NamedTuple):
     title: str
     methods: tuple[str, ...]  # in the order of the legend
-    tasks: tuple[str, ...]
-    reference: str  # the method whose return is 1 in the aggregate
+    tasks: tuple[str, ...] = TWO
+    reference: str = "td3_dense"  # the method whose return is 1 in the aggregate
     quick_tasks: int = 1  # how many of the tasks, from the first, with --quick
     quick_seeds: int = 3
     steps: str = "environment steps"  # what its scripts count
@@ -115,23 +112,23 @@ class Figure(NamedTuple):
     panels: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
-CHEETAH = ("HalfCheetah-v5",)
-TWO = ("HalfCheetah-v5", "Ant-v5")  # where the paper says two tasks and not which (ours)
-MUJOCO = ("HalfCheetah-v5", "Humanoid-v5", "Ant-v5", "Hopper-v5")
-CONTINUAL = ("continual",)  # the sequence of all four; its scripts have no --env-id
-DMC = ("walker_walk", "reacher_easy", "reacher_hard", "cartpole_swingup_sparse")
-
+NE_AND_TD3 = ("ne_td3", "td3_dense")
 RIVALS = ("td3_dense", "td3_reset", "td3_redo", "td3_layer_norm", "td3_injection")
 DRQ_RIVALS = ("drq", "drq_reset", "drq_redo", "drq_layer_norm", "drq_injection")
 SCALES = ("ne_td3", "ne_td3_scale2", "ne_td3_scale3", "ne_td3_scale4")
 SCALES += ("td3_dense", "td3_dense_scale2", "td3_dense_scale3", "td3_dense_scale4")
+COMBINED = ("ne_td3", "ne_td3_layer_norm", "td3_layer_norm", "ne_td3_redo", "td3_redo")
+COMBINED += ("ne_td3_reset", "td3_reset")
+COMPONENTS = ("ne_td3_no_prune", "gradient_erdos_renyi", "ne_td3_no_growth", "ne_td3_no_review")
+GROWTHS = ("gradient_erdos_renyi", "gradient_uniform", "random_erdos_renyi", "random_uniform")
+DENSITIES = ("ne_td3_density_10", "ne_td3_density_50", "ne_td3_density_75")
+SEQUENCE = ("ne_td3_continual", "td3_continual", "td3_continual_reset")
 REVIEW = (
     ("evaluation return\n(sum of rewards per episode)", ("eval/return_mean",)),
     ("critics: dormant neurons\n(score 0, Eq. 1)", ("ne/critic/dormant",)),
     ("critics: active ratio, τ = 0.1\n(share of neurons)", ("ne/critic/active_ratio_0.1",)),
     ("ε (1 - ε: chance\nthat a batch is a review)", ("ne/review_epsilon",)),
 )
-SEQUENCE = ("ne_td3_continual", "td3_continual", "td3_continual_reset")
 
 FIGURES = {
     # --- of the paper ---
@@ -139,38 +136,28 @@ FIGURES = {
         "Naive growth against static networks (§4.1)",
         ("random_uniform", "td3_dense", "static_50", "static_25"),
         CHEETAH,
-        reference="td3_dense",
     ),
     "figure3": Figure(
         "Random or gradient growth, uniform or Erdos-Renyi start, pruning; no review (§4.2)",
-        ("ne_td3_no_review", "td3_dense", "gradient_erdos_renyi", "gradient_uniform")
-        + ("random_erdos_renyi", "random_uniform"),
+        ("ne_td3_no_review", "td3_dense", *GROWTHS),
         CHEETAH,
-        reference="td3_dense",
     ),
     "figure5": Figure(
         "Dormant neurons, ε and return, with and without review (§4.2)",
         ("ne_td3", "ne_td3_no_review"),
-        TWO,
         reference="ne_td3_no_review",
         quick_tasks=2,
         panels=REVIEW,
     ),
-    "figure6": Figure(
-        "NE and its rivals (§5.1)", ("ne_td3", *RIVALS), MUJOCO, reference="td3_dense"
-    ),
+    "figure6": Figure("NE and its rivals (§5.1)", ("ne_td3", *RIVALS), MUJOCO),
     "figure7": Figure(
         "Experience review; NE on one network only (§5.1)",
-        ("ne_td3", "td3_dense", "ne_td3_no_review", "ne_td3_actor_only", "ne_td3_critic_only"),
-        TWO,
-        reference="td3_dense",
+        (*NE_AND_TD3, "ne_td3_no_review", "ne_td3_actor_only", "ne_td3_critic_only"),
     ),
     "figure8": Figure(
-        "A sequence of tasks: active ratio (§5.2)", SEQUENCE, CONTINUAL, reference="td3_continual"
+        "A sequence of tasks: active ratio (§5.2)", SEQUENCE, CONTINUAL, "td3_continual"
     ),
-    "figure9": Figure(
-        "A sequence of tasks: return (§5.2)", SEQUENCE, CONTINUAL, reference="td3_continual"
-    ),
+    "figure9": Figure("A sequence of tasks: return (§5.2)", SEQUENCE, CONTINUAL, "td3_continual"),
     "figure10": Figure(
         "DrQ, from pixels (§5.3)",
         ("ne_drq", *DRQ_RIVALS),
@@ -179,161 +166,81 @@ FIGURES = {
         quick_seeds=2,
         steps="environment frames",
     ),
-    "figure11": Figure(
-        "NE together with its rivals (§C)",
-        (
-            "ne_td3",
-            "ne_td3_layer_norm",
-            "td3_layer_norm",
-            "ne_td3_redo",
-            "td3_redo",
-            "ne_td3_reset",
-            "td3_reset",
-        ),
-        TWO,
-        reference="ne_td3",  # as in the paper
-    ),
-    "scale-up": Figure(
-        "Larger networks (§B.1)", SCALES, CHEETAH, reference="td3_dense", quick_seeds=1
-    ),
+    # reference: as in the paper
+    "figure11": Figure("NE together with its rivals (§C)", COMBINED, reference="ne_td3"),
+    "scale-up": Figure("Larger networks (§B.1)", SCALES, CHEETAH, quick_seeds=1),
     # --- asked for by the paper's reviewers ---
-    "components": Figure(
-        "NE without one of its parts; growth alone",
-        (
-            "ne_td3",
-            "td3_dense",
-            "ne_td3_no_prune",
-            "gradient_erdos_renyi",
-            "ne_td3_no_growth",
-            "ne_td3_no_review",
-        ),
-        TWO,
-        reference="td3_dense",
-    ),
+    "components": Figure("NE without one of its parts; growth alone", (*NE_AND_TD3, *COMPONENTS)),
     "alpha": Figure(
         "Sensitivity to the growth rate α",
-        ("ne_td3", "td3_dense", "ne_td3_alpha_half", "ne_td3_alpha_twice"),
-        TWO,
-        reference="td3_dense",
+        (*NE_AND_TD3, "ne_td3_alpha_half", "ne_td3_alpha_twice"),
     ),
     "interval": Figure(
         "Sensitivity to the interval ΔT between rounds",
-        ("ne_td3", "td3_dense", "ne_td3_interval_quarter", "ne_td3_interval_twice"),
-        TWO,
-        reference="td3_dense",
+        (*NE_AND_TD3, "ne_td3_interval_quarter", "ne_td3_interval_twice"),
     ),
     "omega": Figure(
         "Sensitivity to the pruning bound ω (0.4 by default)",
-        ("ne_td3", "td3_dense", "ne_td3_no_prune", "ne_td3_omega_10", "ne_td3_omega_80"),
-        TWO,
-        reference="td3_dense",
+        (*NE_AND_TD3, "ne_td3_no_prune", "ne_td3_omega_10", "ne_td3_omega_80"),
     ),
     "density": Figure(
-        "Sensitivity to the initial density D (0.25 by default)",
-        ("ne_td3", "td3_dense", "ne_td3_density_10", "ne_td3_density_50", "ne_td3_density_75"),
-        TWO,
-        reference="td3_dense",
+        "Sensitivity to the initial density D (0.25 by default)", (*NE_AND_TD3, *DENSITIES)
     ),
     # --- ours ---
     "returns": Figure(
         "Does NE pay?",
-        ("ne_td3", "td3_dense", "ne_td3_no_review"),
-        TWO,
-        reference="td3_dense",
+        (*NE_AND_TD3, "ne_td3_no_review"),
         panels=(("evaluation return", ("eval/return_mean",)),),
     ),
     "replay": Figure(
         "Reviews of old experience against a preference for recent experience",
-        ("ne_td3", "td3_dense", "ne_td3_no_review", "td3_recency"),
-        TWO,
-        reference="td3_dense",
+        (*NE_AND_TD3, "ne_td3_no_review", "td3_recency"),
     ),
     "regrama": Figure(
         "ReGraMa, by NE's authors (2025), beside ReDo and NE; not in the paper",
-        ("ne_td3", "td3_dense", "td3_redo", "td3_regrama"),
-        TWO,
-        reference="td3_dense",
+        (*NE_AND_TD3, "td3_redo", "td3_regrama"),
     ),
 }
 
 SEEDS = 7  # as in the paper
 
-
-class Length(NamedTuple):
-    flags: dict[str, str]  # script: flags of all its runs
-    words: dict[str, float]  # what {words} in the flags of METHODS stand for
-
-
-_SHORT = "--total-timesteps 200000"
-_QUICK = (
+# all defaults: a million steps, three for the sequence, 1.1 or 3.1 million frames; a fifth of the
+# paper's length; a figure in about an hour on two cores, which shows that everything works, not
+# which method is better
+LENGTHS = ("full", "short", "quick")
+_TD3 = (
+    "",
+    "--total-timesteps 200000",
     "--total-timesteps 30000 --learning-starts 5000"
-    " --eval-frequency 2000 --eval-episodes 3 --checkpoint-frequency 5000"
+    " --eval-frequency 2000 --eval-episodes 3 --checkpoint-frequency 5000",
 )
-_SHORT_CONTINUAL = "--steps-per-task 50000"
-_QUICK_CONTINUAL = (
+_CONTINUAL = (
+    "",
+    "--steps-per-task 50000",
     "--steps-per-task 3000 --learning-starts 1500"
-    " --eval-frequency 3000 --eval-episodes 2 --checkpoint-frequency 3000"
+    " --eval-frequency 3000 --eval-episodes 2 --checkpoint-frequency 3000",
 )
-_SHORT_DRQ = "--total-timesteps 500000"
-_QUICK_DRQ = (
+_DRQ = (
+    "",
+    "--total-timesteps 500000",
     "--total-timesteps 12000 --frame-size 48 --channels 16 --hidden-dim 256 --batch-size 16"
     " --learning-starts 2000 --stddev-duration 5000 --buffer-size 15000"
-    " --eval-frequency 3000 --eval-episodes 1 --checkpoint-frequency 3000"
+    " --eval-frequency 3000 --eval-episodes 1 --checkpoint-frequency 3000",
 )
+FLAGS = {NE: _TD3, TD3: _TD3, NE_CONTINUAL: _CONTINUAL, TD3_CONTINUAL: _CONTINUAL}
+FLAGS |= {NE_DRQ: _DRQ, DRQ: _DRQ}
 
-
-def flags_of(td3: str, continual: str, drq: str) -> dict[str, str]:
-    flags = {NE: td3, TD3: td3}
-    flags |= {NE_CONTINUAL: continual, TD3_CONTINUAL: continual}
-    flags |= {NE_DRQ: drq, DRQ: drq}
-    return flags
-
-
-# alpha_half and alpha_twice: half and twice the alpha that the default schedule solves,
-# 2 ln(0.75 / 0.05) / sum(1 + cos(pi t / T_end)), over 97, 87 and 83 rounds.
-# interval_quarter and interval_twice: of the default interval, a hundredth of the run.
-LENGTHS = {
-    # all defaults: a million steps, three for the sequence; 1.1 or 3.1 million frames
-    "full": Length(
-        flags_of("", "", ""),
-        {
-            "reset": 200_000,
-            "drq_reset": 200_000,
-            "alpha_half": 0.0285,
-            "alpha_twice": 0.1140,
-            "interval_quarter": 2_500,
-            "interval_twice": 20_000,
-        },
-    ),
-    # a fifth of the paper's length
-    "short": Length(
-        flags_of(_SHORT, _SHORT_CONTINUAL, _SHORT_DRQ),
-        {
-            "reset": 100_000,
-            "drq_reset": 200_000,
-            "alpha_half": 0.0360,
-            "alpha_twice": 0.1438,
-            "interval_quarter": 500,
-            "interval_twice": 4_000,
-        },
-    ),
-    # a figure in about an hour on two cores: that everything works, not which method is better
-    "quick": Length(
-        flags_of(_QUICK, _QUICK_CONTINUAL, _QUICK_DRQ),
-        {
-            "reset": 15_000,
-            "drq_reset": 6_000,
-            "alpha_half": 0.0400,
-            "alpha_twice": 0.1599,
-            "interval_quarter": 75,
-            "interval_twice": 600,
-        },
-    ),
+# what {words} in the flags of METHODS stand for, by length. Half and twice the alpha that the
+# default schedule solves, 2 ln(0.75 / 0.05) / sum(1 + cos(pi t / T_end)), over 97, 87 and 83
+# rounds; a quarter and twice the default interval, a hundredth of the run
+WORDS = {
+    "reset": (200_000, 100_000, 15_000),
+    "drq_reset": (200_000, 200_000, 6_000),
+    "alpha_half": (0.0285, 0.0360, 0.0400),
+    "alpha_twice": (0.1140, 0.1438, 0.1599),
+    "interval_quarter": (2_500, 500, 75),
+    "interval_twice": (20_000, 4_000, 600),
 }
-
-# steps (frames) of the quick versions per second and core, evaluations included; for the
-# estimate of --dry-run
-QUICK_SPEED = {NE: 90, TD3: 90, NE_CONTINUAL: 50, TD3_CONTINUAL: 50, NE_DRQ: 20, DRQ: 20}
 
 
 class Run(NamedTuple):
@@ -351,24 +258,18 @@ class Run(NamedTuple):
 
 def run_of(length: str, seed: int, task: str, name: str) -> Run:
     method = METHODS[name]
-    flags = []
+    place = LENGTHS.index(length)
+    words = {word: values[place] for word, values in WORDS.items()}
+    flags = f"--seed {seed} {FLAGS[method.script][place]} {method.flags.format_map(words)}"
     if (task,) != CONTINUAL:
-        flags.append(f"--env-id {task}")
-    flags.append(f"--seed {seed}")
-    for more in (LENGTHS[length].flags[method.script], method.flags):
-        if more:
-            flags.append(more.format_map(LENGTHS[length].words))
-    return Run(name, task, seed, method.script, " ".join(flags))
+        flags = f"--env-id {task} {flags}"
+    return Run(name, task, seed, method.script, " ".join(flags.split()))
 
 
 def runs_of(length: str, seeds: int, tasks: tuple[str, ...], methods: tuple[str, ...]) -> list[Run]:
     """Seed by seed, so that an unfinished figure has all methods on all tasks."""
-    runs = []
-    for seed in range(1, seeds + 1):
-        for task in tasks:
-            for name in methods:
-                runs.append(run_of(length, seed, task, name))
-    return runs
+    wanted = itertools.product(range(1, seeds + 1), tasks, methods)
+    return [run_of(length, seed, task, name) for seed, task, name in wanted]
 
 
 class Choice(NamedTuple):
@@ -398,14 +299,11 @@ def choose(
         raise ValueError(f"--methods must be of {known}, got {', '.join(unknown)}")
     if figure.tasks == CONTINUAL and tasks not in ((), CONTINUAL):
         raise ValueError(f"--tasks must be left out with {name}, a sequence of tasks")
-    length = "full"
-    if short:
-        length = "short"
-    if quick:
-        length = "quick"
-    default_seeds = SEEDS
     default_tasks = figure.tasks
     if quick:
-        default_seeds = figure.quick_seeds
+        length = "quick"
+        seeds = seeds or figure.quick_seeds
         default_tasks = figure.tasks[: figure.quick_tasks]
-    return Choice(length, seeds or default_seeds, tasks or default_tasks, methods or figure.methods)
+    else:
+        length = "short" if short else "full"
+    return Choice(length, seeds or SEEDS, tasks or default_tasks, methods or figure.methods)

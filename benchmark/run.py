@@ -6,13 +6,14 @@ Run:   python benchmark/run.py figure6 --seeds 7    all runs of Figure 6, in run
 
 Scheduling is Ray's: a run is a task, retried when its worker or node is lost. A run holds a lock
 for as long as its script lives, so it is never made twice at once. The figures are in matrix.py,
-the pages in docs/benchmark.md.
+the pages in docs/benchmark.md. plasticity.py and shifts.py make their runs with `make`, too.
 """
 
-import contextlib
+import collections
 import csv
 import fcntl
 import importlib
+import itertools
 import json
 import os
 import shlex
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -36,34 +38,19 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass
 class Args:
-    figure: Positional[Literal[tuple(matrix.FIGURES)]]
-    """the figure whose runs are made"""
-    seeds: int | None = None
-    """seeds 1, 2, ..., this; default: 7, with --quick 1 to 3"""
-    quick: bool = False
-    """small version of the runs: about an hour on two cores"""
-    short: bool = False
-    """200,000 steps instead of a million"""
-    tasks: tuple[str, ...] = ()
-    """these tasks instead of the figure's"""
-    methods: tuple[str, ...] = ()
-    """only these of the figure's methods, by the names in matrix.py"""
-    flags: str = ""
-    """further flags of every run, e.g. --flags=--compile; they win over the figure's"""
-    out: Path | None = None
-    """folder of all runs; default: runs/full, runs/short or runs/quick"""
-    address: str | None = None
-    """of a running Ray cluster, HOST:PORT or auto; default: a local instance of our own"""
-    cpus: int | None = None
-    """runs at a time on this machine, without --address; default: its cores"""
-    gpus_per_run: float | None = None
-    """share of a GPU; default: evenly among the cores, from pixels or on few cores, else 0"""
-    memory_per_run: float = 0
-    """GiB that Ray reserves for each run, which limits how many start; 0: not limited"""
-    retry_failed: bool = False
-    """also make the runs that failed before"""
-    dry_run: bool = False
-    """print one command per line and exit"""
+    figure: Positional[Literal[tuple(matrix.FIGURES)]]  # whose runs are made
+    seeds: int | None = None  # seeds 1, 2, ..., this; default: 7, with --quick 1 to 3
+    quick: bool = False  # small version of the runs: about an hour on two cores
+    short: bool = False  # 200,000 steps instead of a million
+    tasks: tuple[str, ...] = ()  # these tasks instead of the figure's
+    methods: tuple[str, ...] = ()  # only these of the figure's methods, named as in matrix.py
+    flags: str = ""  # further flags of every run, e.g. --flags=--compile; they win
+    out: Path | None = None  # of all runs; default: runs/full, runs/short or runs/quick
+    address: str | None = None  # of a running Ray cluster, HOST:PORT or auto; default: our own
+    cpus: int | None = None  # runs at a time, without --address; default: the machine's cores
+    gpus_per_run: float | None = None  # default: 0, or evenly, from pixels or on few cores
+    retry_failed: bool = False  # also make the runs that failed before
+    dry_run: bool = False  # print one command per line and exit
 
 
 class Job(NamedTuple):
@@ -75,12 +62,11 @@ class Job(NamedTuple):
     flags: list[str]
     steps: int  # last step of the finished run
     wanted: dict  # what args.json must hold
-    cost: float  # seconds
 
 
 # what may differ between a run that exists and the one wanted: where and how fast it is computed
 HOW = {"run_dir", "resume", "cuda", "cudagraphs", "compile", "torch_threads"}
-HOW |= {"checkpoint_frequency", "buffer_device", "track", "wandb_project_name", "wandb_entity"}
+HOW |= {"checkpoint_frequency", "buffer_device", "track"}
 
 # what says which run it is, which is not for --flags to say
 OWN_FLAGS = ("--env-id", "--tasks", "--episodes-per-task", "--seed", "--run-dir", "--resume")
@@ -101,13 +87,6 @@ if os.getppid() == int(sys.argv[1]):
     os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
-LIST_PIXEL_TASKS = """
-from dm_control import suite
-for domain, task in suite.ALL_TASKS:
-    if domain != "lqr":  # actions without bounds, refused by the scripts
-        print(f"{domain}_{task}")
-"""
-
 
 def die(message: str, code: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
@@ -121,7 +100,7 @@ def parse(script: str, flags: list[str]) -> tuple[dict, int]:
     Raises: SystemExit(2) for flags that the script refuses.
     """
     name = script.removeprefix("-m ").removesuffix(".py")
-    module = importlib.import_module(name)
+    module = importlib.import_module(name.removeprefix("benchmark/"))
     argv = sys.argv
     sys.argv = [script, *flags]
     try:
@@ -134,72 +113,29 @@ def parse(script: str, flags: list[str]) -> tuple[dict, int]:
     return json.loads(json.dumps(vars(args))), args.total_timesteps
 
 
-def pixel_tasks() -> list[str]:
-    """Asked in another process, as dm_control chooses how to render when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIST_PIXEL_TASKS],
-        env=os.environ | {"MUJOCO_GL": "disable"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        die(f"--tasks: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout.split()
+def check_range(flag: str, value: float | None, low: float, high: float = 1e6) -> None:
+    """Raises: SystemExit(2)."""
+    if value is not None and not low <= value <= high:
+        die(f"{flag} must be in [{low:,}, {high:,.0f}], got {value}")
 
 
-def check_task(task: str, script: str) -> None:
-    """Raises: SystemExit(2) for a task that Gymnasium or dm_control does not have."""
-    if script in (matrix.NE_DRQ, matrix.DRQ):
-        if task not in pixel_tasks():
-            die(f"--tasks: dm_control has no task {task}")
-        return
-    import gymnasium
-
-    module, _, name = task.rpartition(":")
-    try:
-        if module:
-            importlib.import_module(module)  # registers its tasks
-        gymnasium.spec(name)
-    except Exception as e:  # each module has errors of its own
-        reason = " ".join(str(e).split())
-        die(f"--tasks: there is no {task}: {reason}")
-
-
-def check_flags(flags: str) -> list[str]:
+def check_flags(flags: str, own: tuple[str, ...] = OWN_FLAGS) -> list[str]:
     """--flags as a list. Raises: SystemExit(2)."""
     try:
         words = shlex.split(flags)
     except ValueError as e:
         die(f"--flags: {e}, got {flags}")
     for word in words:
-        if word in ("-h", "--help"):
-            die("--flags must be flags of a run, got --help: ask the script for it")
         flag = word.partition("=")[0].replace("_", "-")
-        if flag in OWN_FLAGS:
-            die(f"--flags must not have {', '.join(OWN_FLAGS)}, which say what run it is: {word}")
+        if flag in own:
+            die(f"--flags must not have {', '.join(own)}, which say what run it is: {word}")
     return words
-
-
-def check_resources(args: Args) -> None:
-    """Raises: SystemExit(2)."""
-    if args.cpus is not None and args.cpus < 1:
-        die(f"--cpus must be at least 1, got {args.cpus}")
-    if args.gpus_per_run is not None and not 0 <= args.gpus_per_run <= 1:
-        die(f"--gpus-per-run must be in [0, 1], got {args.gpus_per_run}")
-    if not 0 <= args.memory_per_run < 1e6:
-        die(f"--memory-per-run must be in [0, 1,000,000], got {args.memory_per_run}")
-
-
-def job_of(run: matrix.Run, out: Path, more: list[str]) -> Job:
-    flags = [*shlex.split(run.flags), *more]
-    wanted, steps = parse(run.script, flags)
-    seconds = matrix.METHODS[run.name].cost * steps / matrix.QUICK_SPEED[run.script]
-    return Job(run.path, str(out / run.path), run.script, flags, steps, wanted, seconds)
 
 
 def jobs_of(args: Args) -> list[Job]:
     """Raises: SystemExit(2) for a mistake on the command line, be it in --flags."""
-    check_resources(args)
+    check_range("--cpus", args.cpus, 1)
+    check_range("--gpus-per-run", args.gpus_per_run, 0, 1)
     more = check_flags(args.flags)
     try:
         chosen = matrix.choose(
@@ -207,33 +143,53 @@ def jobs_of(args: Args) -> list[Job]:
         )
     except ValueError as e:
         die(str(e))
-    for task in chosen.tasks:
-        if task not in matrix.FIGURES[args.figure].tasks:
-            check_task(task, matrix.METHODS[chosen.methods[0]].script)
+    known = matrix.FIGURES[args.figure].tasks
+    for task in args.tasks:
+        if task not in known and known != matrix.DMC:
+            importlib.import_module("ne_td3_continuous").make_env(task)  # or says what is wrong
     out = Path(os.path.abspath(args.out or Path("runs") / chosen.length))
-    runs = matrix.runs_of(chosen.length, chosen.seeds, chosen.tasks, chosen.methods)
-    return [job_of(run, out, more) for run in runs]
+    jobs = []
+    for run in matrix.runs_of(chosen.length, chosen.seeds, chosen.tasks, chosen.methods):
+        flags = [*shlex.split(run.flags), *more]
+        wanted, steps = parse(run.script, flags)
+        jobs.append(Job(run.path, str(out / run.path), run.script, flags, steps, wanted))
+    return jobs
 
 
 # --- what there is ------------------------------------------------------------
-def has_rows(folder: Path) -> bool:
-    file = folder / "results.csv"
-    return file.is_file() and file.read_bytes().count(b"\n") > 1
-
-
 def last_step(folder: Path) -> int:
     """Of results.csv; 0 where there is none yet. A line that is being written does not count."""
     try:
-        with open(folder / "results.csv", "rb") as file:
-            header = file.readline()
-            size = os.path.getsize(file.fileno())
-            file.seek(max(len(header), size - 10_000))
-            complete = file.read().rpartition(b"\n")[0]
-        line = complete.rpartition(b"\n")[2]
-        row = next(csv.DictReader([header.decode(), line.decode()]))
+        header, *lines = (folder / "results.csv").read_text().splitlines(keepends=True)
+        complete = [line for line in lines if line.endswith("\n")]
+        row = next(csv.DictReader([header, complete[-1]]))
         return int(row["step"])
-    except (OSError, StopIteration, ValueError, KeyError):
+    except (OSError, LookupError, TypeError, ValueError):  # no file, no row, a damaged one
         return 0
+
+
+def finished_runs(
+    out: Path, names: Iterable[str], steps: int | None = None
+) -> dict[str, list[Path]]:
+    """{name: folders NAME_seedN with so many steps, by default as many as the longest has}.
+
+    Says which are left out. Raises: SystemExit(2) without any.
+    """
+    reached = {}
+    for name in names:
+        for folder in sorted(out.glob(f"{name}_seed*")):
+            if folder.is_dir() and not folder.suffix:  # else set aside by `make_run`
+                reached[folder] = last_step(folder)
+    steps = steps or max(reached.values(), default=0)
+    finished = {}
+    for folder, step in reached.items():
+        if 0 < step == steps:
+            finished.setdefault(folder.name.rpartition("_seed")[0], []).append(folder)
+        else:
+            print(f"left out: {folder.name} is at step {step:,} of {steps:,}", file=sys.stderr)
+    if not finished:
+        die(f"there are no finished runs of {', '.join(names)} in {out}")
+    return finished
 
 
 def saved_step(folder: Path) -> int:
@@ -248,52 +204,42 @@ def saved_step(folder: Path) -> int:
         return 0
 
 
-def stored_args(folder: Path) -> dict:
-    """Raises: SystemExit(2) for a file that no run has written."""
-    file = folder / "args.json"
-    try:
-        stored = json.loads(file.read_bytes().decode())
-    except (OSError, ValueError) as e:
-        die(f"{file} is damaged: {e}; remove the folder or choose another --out")
-    if not isinstance(stored, dict):
-        die(f"{file} holds no arguments; remove the folder or choose another --out")
-    return stored
-
-
 def require_same(job: Job) -> None:
     """Raises: SystemExit(2) where the folder holds another run than the one that is wanted."""
-    stored = stored_args(Path(job.folder))
+    file = Path(job.folder) / "args.json"
     defaults, _ = parse(job.script, [])
+    try:
+        stored = defaults | json.loads(file.read_bytes())
+    except (TypeError, ValueError) as e:
+        die(f"{file} is damaged: {e}; remove the folder or choose another --out")
     for name, value in job.wanted.items():
-        there = stored.get(name, defaults[name])
-        if name not in HOW and there != value:
+        if name not in HOW and stored[name] != value:
             flag = "--" + name.replace("_", "-")
-            difference = f"{flag} is {there} there, {value} is wanted"
+            difference = f"{flag} is {stored[name]} there, {value} is wanted"
             die(f"{job.folder} holds another run: {difference}; choose another --out")
 
 
 def state_of(job: Job) -> Literal["finished", "failed", "interrupted", "new"]:
     """Raises: SystemExit(2) where the folder holds another run than the one that is wanted."""
     folder = Path(job.folder)
+    step = last_step(folder)
     if (folder / "args.json").exists():
         require_same(job)
-        if last_step(folder) == job.steps == saved_step(folder):
+        if step == job.steps == saved_step(folder):
             return "finished"
     if (folder / "failed.txt").exists():
         return "failed"
-    if (folder / "checkpoint.pt").exists() or has_rows(folder):
+    if step > 0 or (folder / "checkpoint.pt").exists():
         return "interrupted"
     return "new"
 
 
 def free_name(folder: Path) -> Path:
     """Where to move a folder: its name with .stopped1, .stopped2, ..."""
-    number = 1
-    while True:
+    for number in itertools.count(1):
         aside = folder.with_name(f"{folder.name}.stopped{number}")
         if not aside.exists():
             return aside
-        number += 1
 
 
 def next_command(job: Job) -> tuple[list[str], Path | None]:
@@ -305,7 +251,7 @@ def next_command(job: Job) -> tuple[list[str], Path | None]:
     script = job.script.split()
     if (folder / "checkpoint.pt").exists():
         return [*script, "--resume", job.folder], None
-    aside = free_name(folder) if has_rows(folder) else None
+    aside = free_name(folder) if last_step(folder) > 0 else None
     return [*script, *job.flags, "--run-dir", job.folder], aside
 
 
@@ -345,9 +291,8 @@ def run_script(command: list[str], log, lock, gpu: bool) -> int:
         while child.poll() is None:
             time.sleep(0.2)
     finally:
-        if child.poll() is None:
-            child.terminate()
-            child.wait()
+        child.terminate()
+        child.wait()
     return child.returncode
 
 
@@ -387,30 +332,22 @@ def outcome(job: Job, code: int) -> str:
 
 
 # --- all runs -----------------------------------------------------------------
-def shown(path: Path) -> str:
-    """A path as it is in the repository's root."""
-    if path.is_relative_to(ROOT):
-        return str(path.relative_to(ROOT))
-    return str(path)
-
-
 def print_commands(jobs: list[Job]) -> None:
     """What is left to do as plain commands, one per line; each works alone and in any order."""
     for job in jobs:
         command, aside = next_command(job)
-        folder = Path(job.folder)
         parts = []
         if Path.cwd() != ROOT:
-            parts.append(shlex.join(["cd", os.path.relpath(ROOT)]))
+            parts.append(["cd", str(ROOT)])
         if aside is not None:
-            parts.append(shlex.join(["mv", shown(folder), shown(aside)]))
-        words = [shown(folder) if word == job.folder else word for word in command]
-        parts.append(shlex.join(["python", *words]))
-        print(" && ".join(parts))
+            parts.append(["mv", job.folder, str(aside)])
+        parts.append(["python", *command])
+        line = " && ".join(shlex.join(part) for part in parts)
+        print(line.replace(f"{ROOT}/", ""))  # where it is run
 
 
-def import_ray():
-    """Raises: SystemExit(1) without it."""
+def start_ray(args: Args):
+    """Ray at --address, or an instance of our own that only this machine can reach."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -419,12 +356,6 @@ def import_ray():
         die("runs are scheduled by Ray: pip install -r requirements-benchmark.txt", code=1)
     # Ray would turn 127.0.0.1 into an address for all
     services.resolve_ip_for_localhost = lambda host: host
-    return ray
-
-
-def start_ray(args: Args):
-    """Ray at --address, or an instance of our own that only this machine can reach."""
-    ray = import_ray()
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # its connections may close at any time
     # A shell script's background jobs are born with SIGINT ignored; Ray's workers, whose tasks it
     # cancels, must not be
@@ -435,18 +366,14 @@ def start_ray(args: Args):
         options["object_store_memory"] = 100 * 2**20
         options["_node_ip_address"] = "127.0.0.1"
         options["include_dashboard"] = False
-    for attempts_left in (2, 1, 0):
+    for _ in range(3):  # a busy machine may be slower than Ray's limit of half a minute
         try:
             ray.init(**options, log_to_driver=False, logging_level="ERROR")
-            break
-        except Exception as e:  # a busy machine may be slower than Ray's limit of half a minute
+            return ray
+        except Exception as e:
             ray.shutdown()
             reason = str(e).splitlines()[0]
-            if args.address:
-                die(f"--address: cannot reach Ray at {args.address}: {reason}", code=1)
-            if not attempts_left:
-                die(f"Ray does not start: {reason}", code=1)
-    return ray
+    die(f"Ray does not start or is not at --address: {reason}", code=1)
 
 
 def even_share(gpus: float, cores: float, pixels: bool) -> float:
@@ -459,17 +386,14 @@ def even_share(gpus: float, cores: float, pixels: bool) -> float:
 def resources_of(ray, jobs: list[Job], args: Args) -> dict:
     """What a run takes up. Raises: SystemExit(1) for what is not there: Ray would wait for it."""
     there = ray.cluster_resources()
+    gpus = there.get("GPU", 0)
     share = args.gpus_per_run
     if share is None:
         pixels = any("drq" in job.script for job in jobs)
-        share = even_share(there.get("GPU", 0), there.get("CPU", 0), pixels)
-    memory = int(args.memory_per_run * 2**30) or None
-    if share > there.get("GPU", 0):
+        share = even_share(gpus, there.get("CPU", 0), pixels)
+    if share > gpus:
         die("--gpus-per-run must be 0 where Ray finds no GPU", code=1)
-    most = there.get("memory", 0) / 2**30
-    if args.memory_per_run > most:
-        die(f"--memory-per-run must be at most {most:.1f}, the GiB that Ray finds", code=1)
-    return {"num_cpus": 1, "num_gpus": share, "memory": memory}
+    return {"num_cpus": 1, "num_gpus": share}
 
 
 def result_of(ray, ref) -> str:
@@ -481,30 +405,12 @@ def result_of(ray, ref) -> str:
         return str(cause).splitlines()[0]
 
 
-def progress_bar(jobs: list[Job], done: dict[str, int]):
-    return tqdm(
-        total=sum(job.steps for job in jobs),
-        initial=sum(done.values()),
-        unit=" steps",
-        smoothing=0,
-        miniters=0,
-        mininterval=0.5 if sys.stderr.isatty() else 60,
-    )
-
-
-def look(jobs: list[Job], done: dict[str, int]) -> None:
-    """How far the runs are: `done` in place, never backwards."""
-    for job in jobs:
-        step = min(last_step(Path(job.folder)), job.steps)
-        done[job.name] = max(done.get(job.name, 0), step)
-
-
-def follow(ray, pending: dict, jobs: list[Job]) -> dict[str, str]:
+def follow(ray, pending: dict[object, Job]) -> dict[str, str]:
     """Waits for the runs, with progress. Returns: {name of a run: what went wrong}."""
+    jobs = list(pending.values())
     problems = {}
-    done = {}
-    look(jobs, done)
-    with contextlib.closing(progress_bar(jobs, done)) as bar:
+    with tqdm(total=sum(job.steps for job in jobs), unit=" steps", disable=None) as bar:
+        bar.initial = sum(last_step(Path(job.folder)) for job in jobs)
         while pending:
             ended, _ = ray.wait(list(pending), timeout=1)
             for ref in ended:
@@ -512,87 +418,63 @@ def follow(ray, pending: dict, jobs: list[Job]) -> dict[str, str]:
                 problem = result_of(ray, ref)
                 if problem:
                     problems[job.name] = problem
-                bar.write(f"{job.name}: {problem or 'finished'}", file=sys.stderr)
-            look(jobs, done)
-            text = f"{len(jobs) - len(pending)} of {len(jobs)} runs ended"
-            bar.set_postfix_str(f"{text}, {len(problems)} not finished", refresh=False)
-            bar.update(sum(done.values()) - bar.n)
+                tqdm.write(f"{job.name}: {problem or 'finished'}", file=sys.stderr)
+            bar.n = sum(last_step(Path(job.folder)) for job in jobs)
+            bar.set_postfix_str(f"{len(pending)} of {len(jobs)} runs to end")
     return problems
 
 
-def make_all(ray, jobs: list[Job], args: Args) -> dict[str, str]:
-    """Makes the runs. Returns: {name of a run: what went wrong}. Raises: KeyboardInterrupt."""
-    resources = resources_of(ray, jobs, args)
-    task = ray.remote(make_run).options(**resources, max_retries=10)
-    for job in jobs:
-        # here only, so other machines must see the same files
-        try:
-            Path(job.folder).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            die(f"--out must be a folder that can be written: {e}", code=1)
+def make_all(args: Args, jobs: list[Job]) -> dict[str, str]:
+    """Makes the runs. Returns: {name of a run: what went wrong}.
+
+    Raises: SystemExit, with 130 when it is stopped.
+    """
     pending = {}
-    try:
-        for job in jobs:
-            pending[task.remote(job, gpu=resources["num_gpus"] > 0)] = job
-        return follow(ray, pending, jobs)
-    except KeyboardInterrupt:
-        print("\nstopping: runs save their checkpoints (once more: at once)", file=sys.stderr)
-        for ref in pending:
-            ray.cancel(ref)
-        ray.wait(list(pending), num_returns=len(pending))
-        raise
-
-
-def make_due(args: Args, jobs: list[Job]) -> dict[str, str]:
-    """As `make_all`. Raises: SystemExit(130) when it is stopped."""
-    if not jobs:
-        return {}
     try:
         ray = start_ray(args)
         # as Ctrl-C; Ray has set a handler of its own
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        return make_all(ray, jobs, args)
+        resources = resources_of(ray, jobs, args)
+        task = ray.remote(make_run).options(**resources, max_retries=10)
+        for job in jobs:
+            # here only, so other machines must see the same files
+            Path(job.folder).parent.mkdir(parents=True, exist_ok=True)
+            pending[task.remote(job, gpu=resources["num_gpus"] > 0)] = job
+        return follow(ray, pending)
+    except OSError as e:
+        die(f"--out must be a folder that can be written: {e}", code=1)
     except KeyboardInterrupt:
+        print("\nstopping: runs save their checkpoints (once more: at once)", file=sys.stderr)
+        for ref in pending:
+            ray.cancel(ref)
+        if pending:
+            ray.wait(list(pending), num_returns=len(pending))
         print("stopped; the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def report(args: Args, jobs: list[Job], problems: dict[str, str]) -> NoReturn:
-    for name, problem in problems.items():
-        print(f"not finished: {name}: {problem}", file=sys.stderr)
-    finished = len(jobs) - len(problems)
-    print(f"{args.figure}: {finished} of {len(jobs)} runs are finished", file=sys.stderr)
-    raise SystemExit(1 if problems else 0)
-
-
-def print_states(args: Args, states: list[str]) -> None:
-    counts = []
-    for kind in ("finished", "interrupted", "failed", "new"):
-        if kind in states:
-            counts.append(f"{states.count(kind)} {kind}")
-    print(f"{args.figure}: {len(states)} runs, {', '.join(counts)}", file=sys.stderr)
 
 
 def make(args: Args, jobs: list[Job]) -> None:
     """Makes the runs that are missing. Raises: SystemExit, with 0 when all are finished."""
     states = {job.name: state_of(job) for job in jobs}
-    print_states(args, list(states.values()))
-    makes = ["interrupted", "new"]
-    if args.retry_failed:
-        makes.append("failed")
-    due = [job for job in jobs if states[job.name] in makes]
-    if args.quick:
-        minutes = sum(job.cost for job in due) / 60
-        print(f"about {minutes:.0f} minutes, divided by the number of cores", file=sys.stderr)
+    counts = collections.Counter(states.values())
+    text = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    print(f"{args.figure}: {len(jobs)} runs, {text}", file=sys.stderr)
+    left = [job for job in jobs if states[job.name] != "finished"]
+    due = [job for job in left if args.retry_failed or states[job.name] != "failed"]
     if args.dry_run:
         return print_commands(due)
     problems = {}
-    for job in jobs:
-        if states[job.name] == "failed" and job not in due:
+    for job in left:
+        if job not in due:
             reason = (Path(job.folder) / "failed.txt").read_text().strip()
             problems[job.name] = f"{reason}; made again by --retry-failed"
-    problems |= make_due(args, due)
-    report(args, jobs, problems)
+    if due:
+        problems |= make_all(args, due)
+    for name, problem in problems.items():
+        print(f"not finished: {name}: {problem}", file=sys.stderr)
+    finished = len(jobs) - len(problems)
+    print(f"{args.figure}: {finished} of {len(jobs)} runs are finished", file=sys.stderr)
+    raise SystemExit(1 if problems else 0)
 
 
 def main() -> None:

@@ -1,22 +1,15 @@
 """HalfCheetah with changed dynamics and rewards: ten tasks of one body, for runs in sequence.
 
-shifts.py makes the runs. `python benchmark/shifted_tasks.py` lists the tasks.
-In the repository's root they are Gymnasium ids as they stand, of any script:
-
-    python ne_td3_continual.py --tasks benchmark.shifted_tasks:CheetahSlippery-v0 ...
-
-Elsewhere, with PYTHONPATH at the folder benchmark, the module is called shifted_tasks:
-    PYTHONPATH=/path/to/benchmark python ... --tasks shifted_tasks:CheetahSlippery-v0
+shifts.py makes the runs. In the repository's root they are Gymnasium ids of any script, such as
+benchmark.shifted_tasks:CheetahSlippery-v0; elsewhere, with PYTHONPATH at the folder benchmark,
+shifted_tasks:CheetahSlippery-v0.
 Observations, actions and the length of an episode are those of HalfCheetah-v5.
 """
 
-import signal
 from typing import NamedTuple
 
 import gymnasium as gym
 from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
-
-EPISODE = 1_000  # steps, as HalfCheetah-v5
 
 
 class Shift(NamedTuple):
@@ -51,28 +44,7 @@ class ShiftedCheetah(HalfCheetahEnv):
         self.model.opt.gravity *= gravity
 
 
-def register() -> None:
-    for name, shift in SHIFTS.items():
-        env_id = f"{name}-v0"
-        if env_id not in gym.registry:  # the module may be imported under both its names
-            gym.register(
-                env_id,
-                entry_point=ShiftedCheetah,
-                max_episode_steps=EPISODE,
-                kwargs=shift._asdict(),
-            )
-
-
-def main() -> None:
-    print(f"{'task':26} {'rewarded':9} {'friction':>8} {'gravity':>8}")
-    for name, shift in SHIFTS.items():
-        rewarded = "forward" if shift.direction > 0 else "backward"
-        print(f"{name + '-v0':26} {rewarded:9} {shift.friction:8g} {shift.gravity:8g}")
-
-
-register()
-
-if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    main()
+for _name, _shift in SHIFTS.items():
+    if f"{_name}-v0" not in gym.registry:  # the module may be imported under both its names
+        _options = {"max_episode_steps": 1_000, "kwargs": _shift._asdict()}  # as HalfCheetah-v5
+        gym.register(f"{_name}-v0", entry_point=ShiftedCheetah, **_options)

@@ -1,13 +1,16 @@
-"""benchmark/shifts.py: its commands, what it resumes, the table and the picture."""
+"""benchmark/shifts.py: its commands, the table and the picture; the tasks of shifted_tasks.py."""
 
 import csv
 import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
+import ne_td3_continuous as ne
+import shifted_tasks
 import shifts
 from helpers import ROOT
 
@@ -30,44 +33,45 @@ def sequence(folder: Path, share: float, last_task: int = 10) -> None:
                 row["task_evaluated"] = evaluated
                 own = evaluated == trained and step > 10
                 row["eval/return_mean"] = 1_000 * share if own else -5_000
-                row["charts/episodic_return"] = 0.0
                 rows.append(row)
     write_rows(folder, rows)
 
 
-def cut_off(folder: Path, rows: int) -> None:
-    file = folder / "results.csv"
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:-rows]))
+def fresh_run(folder: Path, value: float, last_step: int = 30) -> None:
+    steps = range(10, last_step + 1, 10)
+    write_rows(folder, [{"step": step, "eval/return_mean": value} for step in steps])
 
 
 def fresh(out: Path) -> None:
     for task in shifts.TASKS:
-        rows = [{"step": step, "eval/return_mean": 1_000} for step in (10, 20, 30)]
-        write_rows(out / f"fresh_{shifts.short_name(task)}_seed1", rows)
+        fresh_run(out / f"fresh_{shifts.short_name(task)}_seed1", 1_000)
 
 
 def call(monkeypatch, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", ["shifts.py", *map(str, arguments)])
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
     shifts.main()
 
 
+def table(monkeypatch, folder: Path) -> None:
+    call(monkeypatch, "table", folder, "--out", folder / "shifts.png")
+
+
+# --- runs ---------------------------------------------------------------------
 @pytest.mark.parametrize("arm", [*shifts.ARMS, shifts.FRESH])
-def test_the_scripts_accept_the_commands(arm, monkeypatch):
-    task = shifts.TASKS[1] if arm == shifts.FRESH else ""
-    job = shifts.job_of(Path("runs"), arm, 3, task, 50_000, ["--compile"])
-    wanted = job.wanted
-    assert (wanted["seed"], wanted["compile"], wanted["learning_starts"]) == (3, True, 5_000)
+def test_the_scripts_accept_the_commands(arm):
+    jobs = shifts.jobs_of(arm, 3, 50_000, Path("runs"), ["--compile"])
+    for job in jobs:
+        wanted = job.wanted
+        assert (wanted["seed"], wanted["compile"], wanted["learning_starts"]) == (3, True, 5_000)
     if arm == shifts.FRESH:
-        assert (wanted["env_id"], job.steps) == (task, 50_000)
+        assert tuple(job.wanted["env_id"] for job in jobs) == shifts.TASKS
+        assert {job.steps for job in jobs} == {50_000}
     else:
         assert tuple(wanted["tasks"]) == shifts.TASKS and wanted["clear_buffer"]
         assert (wanted["steps_per_task"], wanted["cycles"], job.steps) == (50_000, 1, 500_000)
 
 
 RUN = ("run", "--arms", "td3", "--seeds", 1, "--workers", 1)
-TINY = "--flags=--actor-hidden 8 --critic-hidden 8 --batch-size 8 --no-cuda --max-episode-steps 20"
 
 
 def test_a_run_that_failed_without_a_checkpoint_is_set_aside_and_made_anew(
@@ -75,7 +79,9 @@ def test_a_run_that_failed_without_a_checkpoint_is_set_aside_and_made_anew(
 ):
     sequence(tmp_path / "td3_seed1", 1.0, last_task=1)
     (tmp_path / "td3_seed1" / "failed.txt").write_text("exit code 1")
-    flags = [*RUN, "--out", tmp_path, TINY, "--stretch"]
+    tiny = "--flags=--actor-hidden 8 --critic-hidden 8 --batch-size 8 --no-cuda"
+    tiny += " --eval-frequency 200 --eval-episodes 1"
+    flags = [*RUN, "--out", tmp_path, tiny, "--stretch"]
     command = [sys.executable, "benchmark/shifts.py", *map(str, flags), "20"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
@@ -106,12 +112,11 @@ def test_seeds_are_made_one_after_the_other_by_so_many_workers(monkeypatch, tmp_
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--flags='"], "--flags"),
         (["--flags=--nonsense"], "nonsense"),
         (["--flags=--seed 7"], "say what run it is: --seed"),
-        (["--workers", 0], "--workers must be at least 1, got 0"),
-        (["--seeds", 0], "--seeds must be at least 1, got 0"),
-        (["--stretch", 9], "--stretch must be at least 10, got 9"),
+        (["--workers", 0], "--workers must be in [1, "),
+        (["--seeds", 0], "--seeds must be in [1, "),
+        (["--stretch", 9], "--stretch must be in [10, "),
     ],
 )
 def test_refusals(monkeypatch, tmp_path, capsys, flags, words):
@@ -122,83 +127,110 @@ def test_refusals(monkeypatch, tmp_path, capsys, flags, words):
     assert not (tmp_path / "runs").exists()
 
 
+# --- what came out ------------------------------------------------------------
 def test_table_and_picture(monkeypatch, tmp_path, capsys):
     fresh(tmp_path)
     for seed, share in ((1, 0.5), (2, 0.7)):
         sequence(tmp_path / f"td3_seed{seed}", share)
         sequence(tmp_path / f"ne_seed{seed}", share + 0.2)
-    sequence(tmp_path / "ne_seed3", 0.1)
-    cut_off(tmp_path / "ne_seed3", rows=10)  # within its last stretch
+    sequence(tmp_path / "ne_seed3", 0.1, last_task=9)
     task = shifts.short_name(shifts.TASKS[0])
-    write_rows(tmp_path / f"fresh_{task}_seed2", [{"step": 10, "eval/return_mean": -9_000}])
+    fresh_run(tmp_path / f"fresh_{task}_seed2", -9_000, last_step=10)
     sequence(tmp_path / "td3_seed1.stopped1", 5.0)  # set aside by run.py
-    rows = [{"step": step, "eval/return_mean": -9_000} for step in (10, 20, 30)]
-    write_rows(tmp_path / f"fresh_{task}_seed1.stopped1", rows)
-    call(monkeypatch, "table", tmp_path, "--out", tmp_path / "shifts.png")
+    fresh_run(tmp_path / f"fresh_{task}_seed1.stopped1", -9_000)
+    table(monkeypatch, tmp_path)
     out, err = capsys.readouterr()
-    assert "left out: ne_seed3 is at step 290 of 300" in err
+    assert "left out: ne_seed3 is at step 270 of 300" in err
     assert f"left out: fresh_{task}_seed2 is at step 10 of 30" in err
     rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("| ")}
     assert rows["td3"].startswith("| td3 | 2 | 0.60 [-0.67, 1.87] | 0.60 ")
     assert rows["td3"].endswith("| 0.00 | – |")
     assert rows["ne"].endswith("| 0.20 [-0.41, 0.81] |")
-    assert rows["10"] == "| 10 | CheetahBackwardSticky | 600 | 800 | 1,000 |"
+    assert rows["10"] == "| 10 | CheetahBackwardSticky | 800 | 600 | 1,000 |"
     assert (tmp_path / "shifts.png").stat().st_size > 10_000
 
 
-def test_shares_are_of_the_sum_of_the_mean_fresh_returns(tmp_path):
+def test_shares_are_of_the_sum_of_the_mean_fresh_returns(monkeypatch, tmp_path, capsys):
     fresh(tmp_path)
-    task = shifts.TASKS[2]
-    rows = [{"step": step, "eval/return_mean": 5_000} for step in (10, 20, 30)]
-    write_rows(tmp_path / f"fresh_{shifts.short_name(task)}_seed2", rows)
+    fresh_run(tmp_path / f"fresh_{shifts.short_name(shifts.TASKS[2])}_seed2", 5_000)
     sequence(tmp_path / "ne_seed1", 0.9)
     seeds = shifts.fresh_returns(tmp_path, 30)
     assert [own.tolist() for own in seeds[1:4]] == [[1_000], [1_000, 5_000], [1_000]]
-    yardstick = np.array([own.mean() for own in seeds])
-    returns, stretch = shifts.returns_of_arms(tmp_path)
-    own = returns["ne"]
-    assert stretch == 30
-    assert yardstick.tolist() == [1_000, 1_000, 3_000] + [1_000] * 7
-    assert own == pytest.approx(np.full((1, 10), 900))
-    assert shifts.share(own, yardstick, slice(1, 5)) == pytest.approx([0.6])
-    assert shifts.share(own, yardstick, slice(5, None)) == pytest.approx([0.9])
+    table(monkeypatch, tmp_path)  # 4 * 900 of 1,000 + 3,000 + 2 * 1,000
+    assert "| ne | 1 | 0.90 | 0.60 | 0.90 | 0.30 | – |" in capsys.readouterr().out
 
 
-def test_refuses_a_folder_without_the_yardstick(monkeypatch, tmp_path, capsys):
-    sequence(tmp_path / "ne_seed1", 1.0)
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, "table", tmp_path)
-    assert stop.value.code == 2
-    assert "there is no fresh run of 30 steps on" in capsys.readouterr().err
-    fresh(tmp_path)
-    (tmp_path / "ne_seed1" / "results.csv").unlink()
-    with pytest.raises(SystemExit):
-        call(monkeypatch, "table", tmp_path)
-    assert "there are no runs through all tasks" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["ne_seed1", "fresh_CheetahHeavy_seed1"])
-def test_a_damaged_file_is_refused(name, monkeypatch, tmp_path, capsys):
-    fresh(tmp_path)
-    sequence(tmp_path / "ne_seed1", 1.0)
-    sequence(tmp_path / "ne_seed2", 1.0)
-    file = tmp_path / name / "results.csv"
+def drop_column(file: Path) -> None:
     head, first, *others = file.read_text().splitlines()
     file.write_text("\n".join([head, first.rpartition(",")[0], *others, ""]))
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, "table", tmp_path, "--out", tmp_path / "shifts.png")
-    assert stop.value.code == 2
-    assert f"{file} is damaged: a row of it is not complete" in capsys.readouterr().err
 
 
-def test_a_run_with_one_evaluation_of_a_task_is_refused(monkeypatch, tmp_path, capsys):
-    fresh(tmp_path)
-    sequence(tmp_path / "ne_seed1", 1.0)
-    file = tmp_path / "ne_seed1" / "results.csv"
+def keep_last_evaluations(file: Path) -> None:
     head, *lines = file.read_text().splitlines()
     ends = [line for line in lines if int(line.partition(",")[0]) % 30 == 0]
     file.write_text("\n".join([head, *ends, ""]))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("fresh_CheetahHeavy_seed1", Path.unlink, "no finished runs of fresh_CheetahHeavy in"),
+        ("ne_seed1", Path.unlink, "there are no finished runs of ne, td3,"),
+        ("ne_seed1", drop_column, "results.csv is damaged: a row of it is not complete"),
+        ("fresh_CheetahHeavy_seed1", drop_column, "is damaged: a row of it is not complete"),
+        ("ne_seed1", keep_last_evaluations, "ne_seed1 has fewer than two evaluations on"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_refused(monkeypatch, tmp_path, capsys, name, damage, says):
+    fresh(tmp_path)
+    sequence(tmp_path / "ne_seed1", 1.0)
+    damage(tmp_path / name / "results.csv")
     with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, "table", tmp_path, "--out", tmp_path / "shifts.png")
+        table(monkeypatch, tmp_path)
     assert stop.value.code == 2
-    assert "ne_seed1 has fewer than two evaluations on" in capsys.readouterr().err
+    assert says in capsys.readouterr().err
+
+
+# --- the tasks ----------------------------------------------------------------
+def one_step(env) -> tuple[np.ndarray, float]:
+    """From the same state, on the ground, with the same action."""
+    env.reset(seed=1)
+    body = env.unwrapped
+    qpos = body.init_qpos.copy()
+    qpos[1] = -0.15  # its feet touch the floor
+    qvel = np.full_like(body.init_qvel, 0.5)
+    body.set_state(qpos, qvel)
+    for _ in range(5):
+        obs, reward, *_ = env.step(np.full(6, 0.8, dtype=np.float32))
+    return obs, reward
+
+
+def test_shifts_are_ten_tasks_that_differ():
+    plain = gym.make("HalfCheetah-v5")
+    seen = [one_step(plain)]
+    assert len(shifts.TASKS) == 10
+    for name in shifted_tasks.SHIFTS:
+        env = gym.make(f"shifted_tasks:{name}-v0")
+        assert env.observation_space == plain.observation_space
+        assert env.action_space == plain.action_space
+        assert env.spec.max_episode_steps == plain.spec.max_episode_steps
+        obs, reward = one_step(env)
+        for other_obs, other_reward in seen:
+            assert not np.allclose(obs, other_obs) or reward != other_reward
+        seen.append((obs, reward))
+
+
+def test_what_a_shift_changes():
+    obs, reward = one_step(gym.make("HalfCheetah-v5"))
+    backward_obs, backward_reward = one_step(gym.make("shifted_tasks:CheetahBackward-v0"))
+    assert np.array_equal(obs, backward_obs)
+    cost = 0.1 * 6 * 0.8**2
+    assert backward_reward + cost == pytest.approx(-(reward + cost))
+    for name in ("CheetahSlippery", "CheetahHeavy", "CheetahLight", "CheetahSticky"):
+        other_obs, _ = one_step(gym.make(f"shifted_tasks:{name}-v0"))
+        assert not np.allclose(obs, other_obs)
+
+
+def test_shifted_tasks_are_ids_in_the_root():
+    env = ne.make_env("benchmark.shifted_tasks:CheetahHeavy-v0")
+    assert env.unwrapped.model.opt.gravity[2] == pytest.approx(-9.81 * 1.5)

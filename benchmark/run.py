@@ -75,7 +75,7 @@ OWN_FLAGS = ("--env-id", "--tasks", "--episodes-per-task", "--seed", "--run-dir"
 CORES_PER_GPU = 4
 
 # functions of the scripts that fill in what depends on the run, before args.json is written
-FILL_IN = ("scale_to_task", "set_length", "check_sizes", "check_method", "scale_to_run")
+FILL_IN = ("scale_to_task", "check_method", "scale_to_run")
 
 # the script in a process that gets SIGTERM, upon which it saves, when its parent (the Ray worker)
 # is gone

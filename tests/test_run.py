@@ -100,8 +100,8 @@ def test_a_run_leaves_rows_events_arguments_and_a_checkpoint(whole):
     assert_rows_have_all_episodes(whole)
     events = EventAccumulator(str(whole), size_guidance={"images": 0})
     events.Reload()
-    scalars = {"charts/episodic_length", "losses/qf_loss", "ne/actor/planned"}
-    assert scalars | {"ne/review_epsilon"} <= set(events.Tags()["scalars"])
+    scalars = {"charts/episodic_length", "ne/actor/planned", "ne/review_epsilon"}
+    assert scalars <= set(events.Tags()["scalars"])
     assert len(events.Images("masks/critic/1")) == 13  # the start; 120, 160, ..., 560
     assert [e.step for e in events.Scalars("eval/return_mean")] == EVALUATED
 
@@ -456,12 +456,22 @@ def test_wandb_gets_each_value_once_and_a_resumed_run_continues_its_run(tmp_path
     assert first["id"] == second["id"]
     assert first["resume"] == "allow"
     assert first["config"]["batch_size"] == second["config"]["batch_size"] == 16
-    mean = "charts/episodic_return"  # in a row, and each episode's own
-    assert {count for (key, _), count in wandb.logged.items() if key != mean} == {1}
-    for key in rows(folder)[0].keys() - {mean}:
-        assert [step for name, step in wandb.logged if name == key] == [90, 180, 200]
-    ends = [step for name, step in wandb.logged if name == "charts/episodic_length"]
-    assert ends == list(range(20, 201, 20))
+    assert set(wandb.logged.values()) == {1}
+    for key in rows(folder)[0]:
+        if key.startswith(("eval/", "ne/")):
+            assert [step for name, step in wandb.logged if name == key] == [90, 180, 200]
+    for key in ("charts/episodic_return", "charts/episodic_length"):
+        ends = [step for name, step in wandb.logged if name == key]
+        assert ends == list(range(20, 201, 20))
+
+
+def test_losses_and_speed_are_logged_every_thousand_steps(tmp_path):
+    folder = tmp_path / "run"
+    assert run_here(f"{RUN} --total-timesteps 1100 --run-dir {folder}") == 0
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for key in ("losses/qf_loss", "losses/qf_values", "losses/actor_loss", "charts/SPS"):
+        assert [event.step for event in events.Scalars(key)] == [1000]
 
 
 # --- --resume and what may be wrong with it -----------------------------------

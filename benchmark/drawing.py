@@ -87,8 +87,8 @@ def read_rows(file: Path, columns: list[str]) -> list[dict[str, str]]:
     missing = [column for column in columns if column not in rows[0]]
     if missing:
         die(f"{file} has no column {', '.join(missing)}")
-    if None in rows[-1].values():
-        die(f"the last row of {file} is not complete")
+    if any(None in row.values() for row in rows):
+        die(f"{file} is damaged: a row of it is not complete")
     return rows
 
 

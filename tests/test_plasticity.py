@@ -98,7 +98,7 @@ def start(arguments: str, setup: str = "") -> subprocess.Popen:
 
 def test_same_seed_same_run_though_it_is_killed(primed, tmp_path):
     folder = tmp_path / "ne"
-    start(f"{PRIMING} --arm ne --run-dir {folder}", "signal_at 390:SIGKILL").communicate()
+    start(f"{PRIMING} --arm ne --run-dir {folder}", "390:SIGKILL").communicate()
     assert column(folder / "results.csv", "step") == [100, 200, 300]
     assert column(folder / "losses.csv", "updates")[-1] == 220
     assert run_here(f"--resume {folder}", priming) == 0

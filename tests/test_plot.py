@@ -181,7 +181,7 @@ def test_split_gives_critics_and_actor_panels_of_their_own(tmp_path):
         ("NE=short", "no column ne/actor/density"),
         ("NE=empty", "no rows"),
         ("NE=text", "not a number"),
-        ("NE=cut", "the last row of cut/results.csv is not complete"),
+        ("NE=cut", "cut/results.csv is damaged: a row of it is not complete"),
         ("NE=latin", "cannot read latin/results.csv"),
         ("NE=backwards", "do not increase"),
         ("NE=good,other", "no step in common"),

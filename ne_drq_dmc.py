@@ -119,7 +119,7 @@ class NEArgs:
     prune_ratio: float = 0.4  # omega, share of the grown that may go (authors' code)
     weight_clip: float = 2.0  # kappa / sqrt(n_in) bounds reset neurons (§B.2); 0: off
     review_fraction: float = 0.25  # oldest share of the buffer that is reviewed (§4.2)
-    review_rule: Literal["slope", "level"] = "slope"  # of the dormant count (ours)
+    review_rule: Literal["slope", "level", "fau"] = "slope"  # see review_threshold (ours)
     review_interval: int | None = None  # c, updates; default: all / 1,000, at least 10
     review_decay: float | None = None  # of epsilon; default: floor met at half the run
     review_floor: float = 0.65  # slope's least epsilon (ours); 1: no reviews
@@ -703,16 +703,19 @@ class Progress:
     returns: list[float] = field(default_factory=list)  # since the last evaluation
 
 
-def review_threshold(args: Args, progress: Progress, dormant: int) -> float:
+def review_threshold(args: Args, progress: Progress, dormant: int, fau: float) -> float:
     """§4.2, experience review: the next epsilon; a batch is a review with 1 - epsilon.
 
     "slope": epsilon is large while growth still wakes neurons up, then falls to its
     floor. "level": 1 - epsilon is the dormant share of the critics' hidden neurons.
+    "fau": half of the batches while few of the critics' activations are positive.
     """
     if args.review_floor == 1:
         return 1.0
     if args.review_rule == "level":
         return 1 - dormant / (2 * sum(args.critic_hidden))
+    if args.review_rule == "fau":  # numbers of the authors' code
+        return 1 / (1 + 0.9 * math.exp(0.4 - fau)) if fau < 0.4 else 1.0
     if progress.dormant is None:  # first count
         return progress.epsilon
     reduction = max(0, progress.dormant - dormant) / max(progress.dormant, 1)  # in [0, 1]
@@ -954,7 +957,8 @@ def main() -> None:
             if counting and args.review_floor < 1:
                 hidden = review_hidden(agent, buffer)
                 dormant = len(topology.dormant_neurons(hidden, args.review_tau))
-                progress.epsilon = review_threshold(args, progress, dormant)
+                fau = topology.activity(hidden)["fau"]
+                progress.epsilon = review_threshold(args, progress, dormant, fau)
                 progress.dormant = dormant
             if args.redo_interval and progress.updates % args.redo_interval == 0:
                 redo(agent, buffer.sample(args.batch_size, rng=agent.rng))

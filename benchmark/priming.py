@@ -181,7 +181,8 @@ class Learner:
         batch = self.buffer.sample(1_024, rng=self.agent.rng)
         hidden = self.agent.networks["critic"].hidden(batch)
         dormant = len(topology.dormant_neurons(hidden, self.args.review_tau))
-        self.progress.epsilon = ne.review_threshold(self.args, self.progress, dormant)
+        fau = topology.activity(hidden)["fau"]
+        self.progress.epsilon = ne.review_threshold(self.args, self.progress, dormant, fau)
         self.progress.dormant = dormant
 
     def round(self, clock: int) -> None:

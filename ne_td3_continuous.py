@@ -162,7 +162,7 @@ class ReplayBuffer:
 
     def batch(self, index: torch.Tensor, rng: torch.Generator) -> Batch:
         """The rows (B,) of an index, with noise."""
-        rows = self.data[index.to(self.data.device)]
+        rows = self.data.index_select(0, index.to(self.data.device))
         obs, actions, next_obs, ends = rows.split((self.n_obs, self.n_act, self.n_obs, 2), dim=1)
         noise = torch.randn(actions.shape, generator=rng, device=rng.device)
         return Batch(

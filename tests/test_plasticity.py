@@ -17,7 +17,7 @@ import run
 from baselines import td3_continuous as td3
 from helpers import run_here
 
-SMALL = "--env-id Pendulum-v1 --actor-hidden 24 16 --critic-hidden 24 16 --batch-size 32"
+SMALL = "--env-id fake_task:Plain-v0 --actor-hidden 24 16 --critic-hidden 24 16 --batch-size 32"
 SMALL += " --buffer-size 1000 --gamma 0.95 --no-cuda --learning-starts 200 --eval-frequency 100"
 SMALL += " --eval-episodes 1 --total-timesteps 400"
 PRIMING = f"{SMALL} --priming-updates 30 --loss-frequency 10 --checkpoint-frequency 100"

@@ -3,7 +3,6 @@
 import ctypes.util
 import importlib
 import os
-import subprocess
 import sys
 
 import gymnasium as gym
@@ -23,7 +22,6 @@ RUN = (
     "--eval-frequency 150 --eval-episodes 2 --grow-interval 20 --no-cuda "
 )
 PLAIN = "fake_task:Plain-v0"  # 2 observations, 2 actions
-PICTURES = "test_enjoy:Pictures-v0"  # 2 observations, 1 action
 HIDDEN = {"actor_hidden": (16, 8), "critic_hidden": (16, 8)}
 PIXELS = {"frame_size": 24, "channels": 4, "hidden_dim": 32, "env_id": "walker_walk"}
 # script: sizes of the agent, arguments
@@ -35,22 +33,6 @@ SCRIPTS = {
     "baselines.td3_continual": ((3, 2), HIDDEN | {"tasks": (PLAIN, "Pendulum-v1")}),
     "baselines.drq_dmc": ((2,), PIXELS),
 }
-
-
-class Pictures(fake_task.Plain):
-    """100 steps a second, pictures with odd sides that become lighter."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 100}
-
-    def __init__(self, render_mode=None):
-        super().__init__(act=gym.spaces.Box(-1, 1, (1,), np.float32))
-        self.render_mode = render_mode
-
-    def render(self):
-        return np.full((31, 21, 3), 10 * self.steps, dtype=np.uint8)
-
-
-gym.register("Pictures-v0", Pictures)
 
 
 @pytest.fixture(scope="module")
@@ -180,17 +162,6 @@ def test_the_policies_of_this_repository_fit():
         assert f"last evaluation: {path.stem} " in enjoy.described(policy)
 
 
-def test_needs_no_dm_control_and_no_opengl(run, tmp_path):
-    """As its users start it, in another folder, where importing dm_control fails."""
-    (tmp_path / "dm_control.py").write_text("raise ImportError('no dm_control here')")
-    script = ROOT / "benchmark" / "enjoy.py"
-    command = [sys.executable, str(script), str(run), "--episodes", "1"]
-    env = os.environ | {"PYTHONPATH": str(tmp_path), "MUJOCO_GL": "disable"}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"{TASK}, mean of 1: return" in done.stdout
-
-
 # --- videos -------------------------------------------------------------------
 def frames_of(path) -> tuple[float, list[np.ndarray]]:
     """Frames per second, and the frames, (H, W, 3) each."""
@@ -228,21 +199,6 @@ def test_video_of_pixels_is_what_the_agent_sees(tmp_path, command):
     assert np.abs(frames[0][2::4, 2::4] - first).mean() < 12  # compressed
 
 
-def test_each_task_of_a_sequence_has_a_video(tmp_path, command):
-    """At most 30 pictures a second."""
-    gym.register("MorePictures-v0", Pictures)
-    tasks = (PICTURES, "test_enjoy:MorePictures-v0")
-    save(tmp_path, "ne_td3_continual", (2, 1), tasks=tasks)
-    code, _, err = command(tmp_path, "--video", tmp_path / "a.mp4", "--episodes", 1)
-    assert code == 0, err
-    videos = sorted(tmp_path.glob("*.mp4"))
-    assert [path.name for path in videos] == ["a_MorePictures-v0.mp4", "a_Pictures-v0.mp4"]
-    fps, frames = frames_of(videos[1])
-    assert fps == 25 and len(frames) == 6  # of the steps 0, 4, ... 20
-    assert [frame.mean() for frame in frames] == pytest.approx(range(0, 201, 40), abs=8)
-    assert frames[0].shape in [(30, 20, 3), (32, 22, 3)]
-
-
 # --- bad input ----------------------------------------------------------------
 def refused(result: tuple, *words: str) -> None:
     code, _, err = result
@@ -254,8 +210,6 @@ def refused(result: tuple, *words: str) -> None:
     ("flags", "words"),
     [
         ("--video a.gif", "--video must end in .mp4, got a.gif"),
-        ("--episodes 0", "--episodes must be at least 1, got 0"),
-        ("--seed -1", "--seed must be in [0, "),
         ("--export checkpoint.pt", "--export must not be a checkpoint.pt"),
     ],
 )
@@ -266,16 +220,12 @@ def test_refuses_flags(flags, words, run, command):
 def test_refuses_what_is_no_policy(run, tmp_path, command):
     refused(command(tmp_path), "checkpoint.pt is missing", "No such file")
     checkpoint = (run / "checkpoint.pt").read_bytes()
-    middle = len(checkpoint) // 2
-    flipped = bytearray(checkpoint)
-    flipped[middle] ^= 255
     bad = tmp_path / "bad.pt"
-    for content in (b"text", checkpoint[:middle], flipped):
+    for content in (b"text", checkpoint[: len(checkpoint) // 2]):
         bad.write_bytes(content)
         refused(command(bad), "bad.pt is missing, damaged")
     content = torch.load(run / "checkpoint.pt", weights_only=True)
-    del content["results"]  # as checkpoints of old
-    for foreign in (content, [1, 2], content | {"script": "sac", "results": ""}):
+    for foreign in ([1, 2], content | {"script": "sac"}):
         torch.save(foreign, bad)
         refused(command(bad), "bad.pt is missing, damaged, or not of this version")
 
@@ -283,19 +233,11 @@ def test_refuses_what_is_no_policy(run, tmp_path, command):
 def test_refuses_weights_that_do_not_fit(tmp_path, command):
     save(tmp_path, "ne_td3_continuous", env_id="Pendulum-v1")
     refused(command(tmp_path), "does not fit its task", "size mismatch")
-    save(tmp_path, "ne_td3_continuous")
-    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    del content["parts"]["agent"]["actor.layers.0.bias"]
-    torch.save(content, tmp_path / "checkpoint.pt")
-    refused(command(tmp_path), "the policy lacks actor.layers.0.bias")
 
 
 def test_says_what_a_video_lacks(run, tmp_path, command, monkeypatch):
     video = ("--video", tmp_path / "a.mp4")
     monkeypatch.setenv("MUJOCO_GL", "none")
     refused(command(run, *video), "--video: cannot film", "none", "libegl1 libgl1")
-    save(tmp_path, "ne_td3_continuous")
-    with pytest.warns(UserWarning, match="render_mode"):
-        refused(command(tmp_path, *video), "--video: cannot film", "render_mode")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     refused(command(run, *video), "pip install imageio imageio-ffmpeg")

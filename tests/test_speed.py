@@ -65,16 +65,6 @@ def test_the_gate_lets_as_many_steps_through_as_it_says(monkeypatch):
     assert steps == 14
 
 
-def test_a_contender_that_fails_is_named_with_its_own_words(capsys):
-    contender = speed.Contender("bad", speed.ours(SMALL, "--gamma", "2"), 50, speed.cores(1))
-    with pytest.raises(SystemExit) as stop:
-        contender.wait()
-    contender.close()
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: bad ended with exit code 2: error: --gamma must be in")
-
-
 def test_the_operations_of_an_update_are_those_of_its_matrix_products():
     n_obs, n_act, width = 3, 1, 128
     setting = speed.Setting(widths=(width, width), batch_size=512)
@@ -90,30 +80,11 @@ def test_the_operations_of_an_update_are_those_of_its_matrix_products():
     assert measured == 2 * 512 * (critic_update + actor_update / 2)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_ours_take_part_compiled_if_asked_for(compiled):
-    commands = speed.all_commands(SMALL, (), ("mine=python3 /a.py --b 'c d'",), compiled)
-    assert commands.pop("mine") == ["python3", "/a.py", "--b", "c d"]
-    assert ("NE-TD3, compiled" in commands) == compiled
-    for name, command in commands.items():
-        assert ("--compile" in command) == name.endswith(", compiled")
-        assert ("--initial-density" in command) == name.startswith("TD3")
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"peers": ("CleanRL",)}, "--peers must be from Stable-Baselines3, SBX, got CleanRL"),
-        (
-            {"peers": (), "command": ("CleanRL",)},
-            "--command must be LABEL=PYTHON SCRIPT [ARGS...], got CleanRL",
-        ),
         ({"peers": (), "setting": speed.Setting(threads=10_000)}, "--setting.threads must be 1 to"),
-        pytest.param(
-            {"peers": (), "setting": speed.Setting(cuda=True)},
-            "--setting.cuda needs a GPU",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(monkeypatch, capsys, arguments, words):

@@ -16,7 +16,6 @@ from helpers import run_here
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GUIDE = (ROOT / "docs" / "ne_td3.md").read_text()
-CONTINUAL = (ROOT / "docs" / "ne_td3_continual.md").read_text()
 page_names = [page.parent.name + "-" + page.name for page in PAGES]
 
 
@@ -135,11 +134,3 @@ def test_every_column_is_explained_and_no_other(tmp_path):
     documented = documented_keys(section("Logged metrics explained", GUIDE))
     board_only = {"charts/episodic_length", "charts/SPS", "losses/actor_loss"}
     assert columns == {k for k in documented - board_only if not k.startswith("masks/")}
-
-
-def test_every_column_of_the_continual_script_is_explained():
-    source = (ROOT / "ne_td3_continual.py").read_text()
-    own = documented_keys(section("Logged columns", CONTINUAL))
-    assert {"step", "cycle", "task/id", "task_trained", "task_evaluated"} <= own
-    for key in own - {"eval/task/return_mean"}:
-        assert f'"{key}"' in source or f'["{key}"]' in source, key

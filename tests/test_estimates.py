@@ -11,7 +11,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmark"))
 
-from estimates import Estimate, aggregate, estimate, holm, interval, iqm, ratio_of_spreads, versus
+from estimates import aggregate, estimate, holm, interval, iqm, ratio_of_spreads, versus
 
 A = np.array([0.0, 0.0, 3.0])
 B = np.array([10.0, 11.0, 12.0, 17.0])
@@ -69,11 +69,6 @@ def test_the_interval_of_a_difference_of_differences_holds_the_truth_in_95_of_10
 @pytest.mark.parametrize("sample", [[1.0], [2.0, 2.0]])
 def test_no_interval_of_a_single_seed_or_of_equal_ones(sample):
     assert f"{estimate([np.array(sample)]):.1f}" == f"{sample[0]}"
-
-
-def test_format():
-    assert f"{Estimate(0.5, -0.25, 1.25, 0.2):.2f}" == "0.50 [-0.25, 1.25]"
-    assert f"{estimate([A], [A[:0]]):,.0f}" == "–"
 
 
 def test_a_ratio_of_spreads():

@@ -12,7 +12,6 @@ import ne_drq_dmc as ne
 from helpers import (
     assert_equal,
     assert_equal_runs,
-    assert_one_line,
     assert_rows_have_all_episodes,
     count_calls,
     finish,
@@ -38,8 +37,9 @@ RUNS = {  # script and its flags, calls of what is counted
     "sparse trunk": (ne, "--sparse-trunk --review-rule level --grow-interval 50", None),
     "replay ratio": (ne, "--replay-ratio 3 --layer-norm --grow-interval 50", None),
     "DrQ": (ne, "--initial-density 1 --review-floor 1", None),
+    "DrQ layer-norm": (ne, "--initial-density 1 --review-floor 1 --layer-norm --bf16", None),
     "none": (drq, "", {}),
-    "layer-norm": (drq, "--method layer-norm", {}),
+    "layer-norm": (drq, "--method layer-norm --bf16", {}),
     # at 100, 200, 300; 400 is the last
     "reset": (drq, "--method reset --reset-interval 100", {"reset": 3}),
     "redo": (drq, "--method redo --redo-interval 30", {"redo": 2}),  # at 180, 300
@@ -48,6 +48,9 @@ RUNS = {  # script and its flags, calls of what is counted
     "early injection": (drq, "--method injection --injection-step 240", {"inject": 1}),
     "injection by default": (drq, "--method injection", {"inject": 1}),  # at 200
 }
+
+
+PLAIN = ("DrQ", "DrQ layer-norm", "none", "layer-norm")
 
 
 @pytest.fixture(autouse=True)
@@ -97,20 +100,10 @@ def test_a_run_leaves_rows_and_a_checkpoint(whole):
     assert load(whole("replay ratio"))["parts"]["progress"]["updates"] == 255
 
 
-def test_losses_are_those_of_uniform_batches(tmp_path, monkeypatch):
-    """From the first count on, at frame 100, all batches are reviews here."""
-    flags = f"{SMALL} --review-rule level --review-interval 10 --no-prune --run-dir {tmp_path}/run"
-    monkeypatch.setattr(ne.topology, "dormant_neurons", lambda hidden, tau: range(64))  # of 64
-    assert run_here(flags, ne) == 0
-    results = rows(tmp_path / "run")
-    assert len({row["losses/qf_loss"] for row in results}) == 1
-    assert results[-1]["ne/review_epsilon"] == "0.0"
-    assert float(results[-1]["ne/review_share"]) == pytest.approx(75 / 85)
-
-
-def test_without_a_method_it_is_the_ne_script_without_ne(whole):
+@pytest.mark.parametrize(("ours", "theirs"), [("none", "DrQ"), ("layer-norm", "DrQ layer-norm")])
+def test_without_a_method_it_is_the_ne_script_without_ne(whole, ours, theirs):
     """Every number of results.csv, all weights and Adam's whole state."""
-    one, two = load(whole("none")), load(whole("DrQ"))
+    one, two = load(whole(ours)), load(whole(theirs))
     assert one["results"] == two["results"]
     weights = []
     for content in (one, two):
@@ -135,19 +128,12 @@ def test_before_an_injection_the_run_is_drq_v2(whole):
     assert by_default[2] != none[2]
 
 
-@pytest.mark.parametrize("method", ["layer-norm", "reset", "redo"])
-def test_a_method_changes_the_run(whole, method):
-    assert rows(whole(method))[-1] != rows(whole("none"))[-1]
-    assert_rows_have_all_episodes(whole(method))
-
-
 # --- interrupted --------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "number", "code"),
     [
-        *[(name, "SIGKILL", -9) for name in RUNS if name not in ("DrQ", "none", "layer-norm")],
+        *[(name, "SIGKILL", -9) for name in RUNS if name not in PLAIN],
         ("NE", "SIGTERM", 0),
-        ("redo", "SIGINT", 130),
     ],
 )
 def test_an_interrupted_run_resumes_exactly(whole, tmp_path, capsys, name, number, code):
@@ -196,25 +182,18 @@ def test_an_action_that_is_none_stops_the_run(tmp_path, monkeypatch, capsys, scr
 # --- refused ------------------------------------------------------------------
 REFUSED = [
     ("--total-timesteps 401", "--total-timesteps must be a multiple of --action-repeat, got 401"),
-    ("--eval-frequency 401", "--eval-frequency must be a multiple of --action-repeat, got 401"),
     ("--learning-starts 5", "--learning-starts must be at least 6, got 5"),
     ("--batch-size 500 --buffer-size 400", "--batch-size must be at most 400, got 500"),
     ("--stddev 1.0 -0.1", "--stddev must be in [0, 1], got -0.1"),
-    ("--replay-ratio 0", "--replay-ratio must be in [1, "),
 ]
 REFUSED_NE = [
     ("--grow-interval 25", "--grow-interval must be a multiple of --action-repeat"),
-    ("--reset-interval 25", "--reset-interval must be a multiple of --action-repeat"),
     ("--actor-final-density 0.2", "must be below 1 and at least --initial-density (0.25), got 0.2"),
-    ("--critic-final-density 1", "must be below 1 and at least --initial-density (0.25), got 1.0"),
 ]
 REFUSED_RIVALS = [
     ("--reset-interval 101 --method reset", "a multiple of --action-repeat, got 101"),
     ("--injection-step 101 --method injection", "a multiple of --action-repeat, got 101"),
-    ("--redo-interval 0 --method redo", "--redo-interval must be in [1, "),
     ("--redo-tau 0.2", "--redo-tau needs --method redo, got --method none"),
-    ("--reset-interval 5000 --method redo", "needs --method reset, got --method redo"),
-    ("--injection-step 5000 --method reset", "needs --method injection, got --method reset"),
 ]
 ALL_REFUSED = [(ne, *case) for case in REFUSED + REFUSED_NE]
 ALL_REFUSED += [(drq, *case) for case in REFUSED + REFUSED_RIVALS]
@@ -254,14 +233,6 @@ def test_a_missing_gl_library_is_one_line_that_names_the_package(monkeypatch, ca
     refused(capsys, SIZES, *words, module=ne)
 
 
-def test_a_renderer_that_is_half_made():
-    """It fails once more, with a traceback, when it is deleted."""
-    environment = {"MUJOCO_GL": "glfw", "DISPLAY": ""}
-    code, _, err = finish(launch(SIZES, script=ne.__file__, env=environment))
-    assert code == 2
-    assert_one_line(err, "cannot render with MUJOCO_GL=glfw")
-
-
 @pytest.mark.parametrize(
     ("name", "near"),
     [("walker_wlk", "walker_walk"), ("cup_catch", "ball_in_cup_catch"), ("lqr_lqr_2_1", "lqr")],
@@ -270,13 +241,6 @@ def test_a_wrong_task_name_lists_near_ones(monkeypatch, capsys, name, near):
     monkeypatch.undo()
     words = (f"--env-id must be a task of dm_control's suite, got {name}", near)
     refused(capsys, f"{SIZES} --env-id {name}", *words, module=ne)
-
-
-def test_missing_packages_are_named_with_what_to_install(monkeypatch, capsys):
-    monkeypatch.undo()
-    monkeypatch.setattr(sys, "unraisablehook", None)
-    monkeypatch.setitem(sys.modules, "dm_control", None)  # as if it were not installed
-    refused(capsys, SIZES, "pip install -r requirements-pixels.txt", module=ne)
 
 
 def test_the_real_walker_is_rendered_and_a_killed_run_resumes_exactly(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import ne_td3_continuous as ne
 from baselines import td3_continuous as td3
 from helpers import (
     assert_equal,
@@ -46,24 +45,6 @@ def adam_states(agent) -> list[dict]:
 
 
 # --- none, layer-norm ---------------------------------------------------------
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_it_is_the_ne_script_without_ne_bit_for_bit(layer_norm):
-    """Parameters, Adam's state, and a row of results.csv."""
-    method = "layer-norm" if layer_norm else "none"
-    ours, our_buffer = make_agent(td3, method=method)
-    without_ne = {"initial_density": 1.0, "review_floor": 1.0}
-    theirs, their_buffer = make_agent(ne, layer_norm=layer_norm, **without_ne)
-    train(ours, our_buffer, 40)
-    train(theirs, their_buffer, 40)
-    assert equal(values(ours), values(theirs))
-    assert len(adam_states(ours)) > 0
-    assert_equal(adam_states(ours), adam_states(theirs))
-    for agent in (ours, theirs):
-        silence_some(agent)
-    batch = our_buffer.sample(64)
-    row = td3.measure(ours, batch, td3.Progress())
-    assert str(row) == str(ne.measure(theirs, batch, ne.Progress()))  # NaN is not equal to itself
-    assert row["ne/critic/active_ratio"] < 0.7
 
 
 # --- redo, regrama ------------------------------------------------------------

@@ -178,20 +178,3 @@ def test_updates_can_be_captured(method, monkeypatch):
 
     assert_captures(agent, buffer, between)
     assert_reads_no_values(monkeypatch, drq, method=method)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_graphs_agree_with_eager_before_and_after_an_injection():
-    torch.cuda.set_stream(torch.cuda.Stream())
-    agents = []
-    for cudagraphs in (False, True):
-        agent, buffer = pixels.make_agent(drq, "cuda", method="injection", cudagraphs=cudagraphs)
-        for number in range(1, 31):
-            if number in (1, 15):
-                update = ne.fast_update(agent.args, agent, buffer)
-            update(buffer.sample(16))
-            if number == 14:
-                drq.inject(agent)
-        agents.append(agent)
-    for one, two in zip(values(agents[0]), values(agents[1]), strict=True):
-        assert torch.allclose(one, two, atol=1e-4)

@@ -227,20 +227,6 @@ def test_pruning_leaves_the_outputs_on_its_batch(ne_actor):
     assert_same_outputs(before, outputs(agent, batch))
 
 
-def test_targets_lose_what_is_pruned_and_get_zero_for_what_is_born():
-    agent, buffer = make()
-    train(agent, buffer, updates=20, rounds=2)
-    silence_some(agent)
-    before = [(layer.mask.clone(), layer.weight.clone()) for layer in target_layers(agent)]
-    do_round(agent, buffer)
-    gone = 0
-    for (mask, weight), target in zip(before, target_layers(agent), strict=True):
-        assert torch.equal(target.weight, weight * target.mask)
-        assert not target.weight[(target.mask == 1) & (mask == 0)].any()
-        gone += int(((target.mask == 0) & (mask == 1)).sum())
-    assert gone > 0
-
-
 def test_nothing_happens_when_the_cosine_is_zero():
     agent, buffer = make()
     silence_some(agent)
@@ -504,30 +490,6 @@ def test_reset_starts_anew_inside_the_masks(layer_norm):
         assert helpers.equal(network.params, network.target_params)
         for state in network.optimizer.state.values():
             assert not any(value.any() for value in state.values())
-
-
-# --- torch.compile ------------------------------------------------------------
-@pytest.mark.slow
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_compiled_gradients_are_those_of_the_eager_agent_and_in_order(layer_norm):
-    agent, buffer = make(layer_norm=layer_norm)
-    train(agent, buffer, updates=20, rounds=2)
-    eager = copy.deepcopy(agent)
-    batch = buffer.sample(64)
-    names = ("critic_gradients", "actor_gradients")
-    compiled = {name: ne.compiled(getattr(agent, name), batch) for name in names}
-    assert helpers.equal(helpers.values(agent), helpers.values(eager))
-    for _ in range(3):
-        batch = buffer.sample(64)
-        for name in names:
-            *ours, gradients = compiled[name](batch)
-            *theirs, expected = getattr(eager, name)(batch)
-            for one, two in zip([*ours, *gradients], [*theirs, *expected], strict=True):
-                assert torch.allclose(one, two, atol=1e-5)
-                assert one.stride() == two.stride()
-        agent.update_critic(batch)
-        agent.update_actor(batch)
-        eager.load_state_dict(agent.state_dict())
 
 
 # --- CUDA ---------------------------------------------------------------------

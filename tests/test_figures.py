@@ -68,15 +68,6 @@ def test_scores_are_means_over_the_last_tenth_in_those_of_the_reference(partial)
     assert bar.get_width() == 0.5
 
 
-def test_without_a_positive_reference_there_is_no_aggregate(tmp_path):
-    write_run(tmp_path, "ne_td3", "A-v1", 1, [1, 2])
-    write_run(tmp_path, "td3_dense", "A-v1", 1, [-1, -2])
-    results = read(tmp_path, tasks=("A-v1",), seeds=1)
-    assert figures.normalised(results) == {}
-    assert "No bars: no task has" in figures.caption(results)
-    assert len(figures.picture(results).axes) == 5
-
-
 def test_an_unfinished_run_is_drawn_but_not_averaged(partial):
     ax = figures.picture(read(partial)).axes[0]
     assert len(ax.lines) == 4 + 3
@@ -97,37 +88,6 @@ def test_the_caption_says_what_is_missing(partial):
 
 
 # --- tables -------------------------------------------------------------------
-def test_the_table_has_a_row_for_each_method(partial):
-    lines = figures.table(read(partial)).splitlines()
-    assert lines[0].startswith("|  | A-v1 | B-v1 | normalised by TD3 |")
-    shares = "0.50 / 0.50 | 0.50 / 0.50"
-    assert lines[2:] == [
-        f"| NE-TD3 | 8 [5, 10] | – | 0.50 [0.33, 0.67] | {shares} | 2, 0 |",
-        f"| TD3 | 15 [10, 20] | 15 [10, 20] | 1.00 [0.67, 1.33] | {shares} | 2, 2 |",
-    ]
-
-
-def test_differences_are_of_plain_means_with_welchs_interval(tmp_path):
-    for seed, noise in enumerate((-10, 0, 10, 20), 1):
-        write_run(tmp_path, "ne_td3", "A-v1", seed, [200 + noise])
-        write_run(tmp_path, "td3_dense", "A-v1", seed, [100 + noise])
-        write_run(tmp_path, "td3_redo", "A-v1", seed, [100 - noise])
-    methods = (*BOTH, "td3_redo", "td3_reset")
-    page = figures.page_of(read(tmp_path, methods, ("A-v1",), 4))
-    _, differences, spreads, _ = page.split("\n\n")
-    head, _, *rows = differences.splitlines()
-    assert head.startswith("| 95% interval (Welch) | A-v1, minus TD3 | p |")
-    assert head.endswith(" | A-v1, critics' active ratio, minus TD3 | p |")
-    # 6 degrees of freedom, standard error sqrt(2 * 166.7 / 4)
-    assert rows == [
-        "| NE-TD3 | 100 [78, 122] | < 0.001 | 0.00 | – |",
-        "| ReDo | -10 [-32, 12] | 0.32 | 0.00 | – |",
-        "| Reset | – | – | – | – |",
-    ]
-    assert spreads.splitlines()[2:4] == [
-        "| NE-TD3 | 13 | 1.00 [0.25, 3.93] | 1 |",
-        "| TD3 | 13 | – | – |",
-    ]
 
 
 # --- files --------------------------------------------------------------------

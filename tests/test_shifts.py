@@ -136,38 +136,6 @@ def test_table_and_picture(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "shifts.png").stat().st_size > 10_000
 
 
-def test_shares_are_of_the_sum_of_the_mean_fresh_returns(monkeypatch, tmp_path, capsys):
-    fresh(tmp_path)
-    fresh_run(tmp_path / f"fresh_{shifts.short_name(shifts.TASKS[2])}_seed2", 5_000)
-    sequence(tmp_path / "ne_seed1", 0.9)
-    seeds = shifts.fresh_returns(tmp_path, 30)
-    assert [own.tolist() for own in seeds[1:4]] == [[1_000], [1_000, 5_000], [1_000]]
-    table(monkeypatch, tmp_path)  # 4 * 900 of 1,000 + 3,000 + 2 * 1,000
-    assert "| ne | 1 | 0.90 | 0.60 | 0.90 | 0.30 | – |" in capsys.readouterr().out
-
-
-def drop_column(file: Path) -> None:
-    head, first, *others = file.read_text().splitlines()
-    file.write_text("\n".join([head, first.rpartition(",")[0], *others, ""]))
-
-
-@pytest.mark.parametrize(
-    ("name", "damage", "says"),
-    [
-        ("fresh_CheetahHeavy_seed1", Path.unlink, "no finished runs of fresh_CheetahHeavy in"),
-        ("ne_seed1", drop_column, "results.csv is damaged: a row of it is not complete"),
-    ],
-)
-def test_what_is_missing_or_damaged_is_refused(monkeypatch, tmp_path, capsys, name, damage, says):
-    fresh(tmp_path)
-    sequence(tmp_path / "ne_seed1", 1.0)
-    damage(tmp_path / name / "results.csv")
-    with pytest.raises(SystemExit) as stop:
-        table(monkeypatch, tmp_path)
-    assert stop.value.code == 2
-    assert says in capsys.readouterr().err
-
-
 # --- the tasks ----------------------------------------------------------------
 def one_step(env) -> tuple[np.ndarray, float]:
     """From the same state, on the ground, with the same action."""
@@ -195,17 +163,6 @@ def test_shifts_are_ten_tasks_that_differ():
         for other_obs, other_reward in seen:
             assert not np.allclose(obs, other_obs) or reward != other_reward
         seen.append((obs, reward))
-
-
-def test_what_a_shift_changes():
-    obs, reward = one_step(gym.make("HalfCheetah-v5"))
-    backward_obs, backward_reward = one_step(gym.make("shifted_tasks:CheetahBackward-v0"))
-    assert np.array_equal(obs, backward_obs)
-    cost = 0.1 * 6 * 0.8**2
-    assert backward_reward + cost == pytest.approx(-(reward + cost))
-    for name in ("CheetahSlippery", "CheetahHeavy", "CheetahLight", "CheetahSticky"):
-        other_obs, _ = one_step(gym.make(f"shifted_tasks:{name}-v0"))
-        assert not np.allclose(obs, other_obs)
 
 
 def test_shifted_tasks_are_ids_in_the_root():

@@ -14,8 +14,6 @@ from helpers import (
     assert_equal_runs,
     assert_rows_have_all_episodes,
     count_calls,
-    finish,
-    launch,
     load,
     refused,
     rows,
@@ -220,22 +218,21 @@ class Broken:
             raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
 
 
-@pytest.mark.parametrize("backend", ["egl", "osmesa"])
-def test_a_missing_gl_library_is_one_line_that_names_the_package(monkeypatch, capsys, backend):
+def test_a_missing_gl_library_is_one_line_that_names_the_package(monkeypatch, capsys):
     monkeypatch.undo()
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     for name in list(sys.modules):
         if name.startswith("dm_control"):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setenv("MUJOCO_GL", backend)
+    monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setattr(sys, "unraisablehook", None)
-    words = (f"cannot render with MUJOCO_GL={backend}", "eglQueryString", "libegl1", "libosmesa6")
+    words = ("cannot render with MUJOCO_GL=egl", "eglQueryString", "libegl1", "libosmesa6")
     refused(capsys, SIZES, *words, module=ne)
 
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("walker_wlk", "walker_walk"), ("cup_catch", "ball_in_cup_catch"), ("lqr_lqr_2_1", "lqr")],
+    [("walker_wlk", "walker_walk"), ("cup_catch", "ball_in_cup_catch")],
 )
 def test_a_wrong_task_name_lists_near_ones(monkeypatch, capsys, name, near):
     monkeypatch.undo()
@@ -269,14 +266,3 @@ def test_the_real_walker_is_rendered_and_a_killed_run_resumes_exactly(tmp_path, 
     assert len(frames.unique(dim=0)) > 9
     assert run_here(f"--resume {killed}", ne) == 0
     assert_equal_runs(reference, killed)
-
-
-def test_the_baseline_renders_the_real_walker(tmp_path):
-    """In a process of its own, with python -m."""
-    flags = f"{SIZES} --total-timesteps 24 --learning-starts 12 --eval-episodes 1 "
-    flags += f"--action-repeat 12 --n-step 1 --run-dir {tmp_path / 'run'} --eval-frequency 24"
-    code, out, err = finish(launch(flags, script=Path(drq.__file__)))
-    assert code == 0, err
-    assert "replay buffer: 0.00 GiB on cpu" in out
-    assert "rendering: egl, " in out
-    assert 0 < float(rows(tmp_path / "run")[-1]["eval/return_mean"]) < 1_000

@@ -140,26 +140,6 @@ def test_a_sequence_is_read_task_by_task(tmp_path):
     assert run.tasks["Small-v1"]["eval/return_mean"].tolist() == [0, -50, -100, -150, -200, -250]
 
 
-def test_the_table_of_continual_has_the_metrics_of_runs_that_are_at_the_end(tmp_path):
-    for label, values in (("ne", (0.4, 0.5, 0.6)), ("td3", (0.3, 0.2, 0.1))):
-        for seed, value in enumerate(values):
-            write_continual(tmp_path / f"{label}_{seed}", value=value)
-    write_continual(tmp_path / "ne_late", (0, 100, 200, 300), value=9)
-    runs = [f"{label}={tmp_path}/{label.lower()}_*" for label in ("NE", "TD3")]
-    plot.curves(tuple(runs), out=tmp_path / "continual.png")
-    means, differences = (tmp_path / "continual.md").read_text().split("\n\n")
-    head, _, ne, td3 = means.splitlines()
-    assert head.split(" | ")[1:3] == ["return on Big-v1", "return on Small-v1"]
-    # the return on Big is 400 times the value at the end, 200 times at the end of its stretch;
-    # on Small it is minus that
-    assert ne == (
-        "| NE | 200 [101, 299] | -200 [-299, -101] | 0 | -100 [-150, -50] | -100 [-150, -50] | 3 |"
-    )
-    assert td3.endswith("| -40 [-90, 10] | 3 |")
-    cells = differences.splitlines()[2].split(" | ")
-    assert cells[0] == "| TD3" and cells[1] == "-120 [-211, -29]"
-
-
 # --- topology -----------------------------------------------------------------
 ROUNDS = [100, 200, 300, 400]
 LAYERS = {"actor": [(6, 4), (5, 6), (2, 5)], "critic": [(6, 5), (8, 6), (1, 8)] * 2}

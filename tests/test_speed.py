@@ -8,7 +8,6 @@ import sys
 
 import gymnasium as gym
 import pytest
-import torch
 
 from benchmark import paced, speed
 
@@ -63,21 +62,6 @@ def test_the_gate_lets_as_many_steps_through_as_it_says(monkeypatch):
     with os.fdopen(read) as reports:
         assert [json.loads(line)["steps"] for line in reports] == [0, 7, 14]
     assert steps == 14
-
-
-def test_the_operations_of_an_update_are_those_of_its_matrix_products():
-    n_obs, n_act, width = 3, 1, 128
-    setting = speed.Setting(widths=(width, width), batch_size=512)
-    measured = speed.operations_per_step(setting, n_obs, n_act, torch.device("cpu"))
-    actor = n_obs * width + width * width + width * n_act
-    critic = (n_obs + n_act) * width + width * width + width
-    # of a critic or an actor: the gradient of what goes into all layers but the first
-    inputs = width * width + width
-    targets = actor + 2 * critic
-    critic_update = targets + 2 * (critic + critic + inputs)  # forward, weights, inputs
-    through_critic = critic + inputs + (n_obs + n_act) * width
-    actor_update = actor + through_critic + actor + width * n_act + width * width
-    assert measured == 2 * 512 * (critic_update + actor_update / 2)
 
 
 @pytest.mark.parametrize(

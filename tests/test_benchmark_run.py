@@ -291,36 +291,6 @@ def test_mistakes_are_refused_in_one_line(monkeypatch, capsys, tmp_path, args, s
 
 
 # --- Ray ----------------------------------------------------------------------
-class FakeRay:
-    """No run is ever started on it."""
-
-    def __init__(self, **resources: float):
-        self.resources = resources
-
-    def cluster_resources(self) -> dict:
-        return self.resources
-
-    def remote(self, function):
-        return self
-
-    def options(self, **resources):
-        return self
-
-
-@pytest.mark.parametrize(
-    ("figure", "gpus", "cores", "share"),
-    [
-        ("figure6", 0, 2, 0),
-        ("figure6", 1, 16, 0),  # the cores alone are faster
-        ("figure10", 1, 16, 0.0625),
-        ("figure6", 1, 4, 0.25),
-        ("figure10", 1, 7, 0.1428),  # seven shares must not be more than the GPU
-    ],
-)
-def test_gpus_are_shared_where_that_is_faster(figure, gpus, cores, share):
-    args = run.Args(figure, seeds=1)
-    jobs = run.jobs_of(args)[:1]
-    assert run.resources_of(FakeRay(CPU=cores, GPU=gpus), jobs, args)["num_gpus"] == share
 
 
 @pytest.mark.parametrize(("gpu", "seen"), [(True, "0,1"), (False, "")])

@@ -1,7 +1,7 @@
 """benchmark/shifts.py: its commands, the table and the picture; the tasks of shifted_tasks.py."""
 
 import csv
-import subprocess
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +12,6 @@ import pytest
 import ne_td3_continuous as ne
 import shifted_tasks
 import shifts
-from helpers import ROOT
 
 
 def write_rows(folder: Path, rows: list[dict]) -> None:
@@ -74,28 +73,21 @@ def test_the_scripts_accept_the_commands(arm):
 RUN = ("run", "--arms", "td3", "--seeds", 1, "--workers", 1)
 
 
-def test_a_run_that_failed_without_a_checkpoint_is_set_aside_and_made_anew(
+def test_runs_are_made_seed_by_seed_and_another_stretch_is_another_run(
     monkeypatch, tmp_path, capsys
 ):
+    made = []
+    monkeypatch.setattr(shifts.run, "make", lambda args, jobs: made.extend(jobs))
+    flags = ["run", "--arms", "td3", "fresh", "--seeds", 2, "--workers", 3, "--out", tmp_path]
+    call(monkeypatch, *flags)
+    names = [job.name for job in made]
+    assert (names[0], names[11], len(set(names))) == ("td3_seed1", "td3_seed2", 22)
     sequence(tmp_path / "td3_seed1", 1.0, last_task=1)
-    (tmp_path / "td3_seed1" / "failed.txt").write_text("exit code 1")
-    tiny = "--flags=--actor-hidden 8 --critic-hidden 8 --batch-size 8 --no-cuda"
-    tiny += " --eval-frequency 200 --eval-episodes 1"
-    flags = [*RUN, "--out", tmp_path, tiny, "--stretch"]
-    command = [sys.executable, "benchmark/shifts.py", *map(str, flags), "20"]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    assert "1 of 1 runs are finished" in made.stderr
-    aside = {file.name for file in (tmp_path / "td3_seed1.stopped1").iterdir()}
-    assert aside == {"results.csv", "failed.txt"}
-    rows = (tmp_path / "td3_seed1" / "results.csv").read_text()
-    assert rows.splitlines()[-1].startswith("200,")
-    # the same command has nothing to do, another stretch is another run
-    for stretch, code, words in ((20, 0, "1 finished"), (30, 2, "holds another run")):
-        with pytest.raises(SystemExit) as stop:
-            call(monkeypatch, *flags, stretch)
-        assert stop.value.code == code and words in capsys.readouterr().err
-        assert (tmp_path / "td3_seed1" / "results.csv").read_text() == rows
+    wanted = made[0].wanted | {"steps_per_task": 30}
+    (tmp_path / "td3_seed1" / "args.json").write_text(json.dumps(wanted))
+    with pytest.raises(SystemExit):
+        shifts.run.state_of(made[0])
+    assert "holds another run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

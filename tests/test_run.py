@@ -1,6 +1,7 @@
 """The script as its users run it: end to end, interrupted and resumed, and given bad input."""
 
 import collections
+import errno
 import json
 import os
 import pty
@@ -267,6 +268,17 @@ def test_a_second_process_in_a_folder_is_refused(interrupted, capsys):
     with lock:
         assert_not_resumed(interrupted, capsys, "in use by another process")
     assert run_here(f"--resume {interrupted}", due={5: "SIGTERM"}) == 0
+
+
+def test_where_there_are_no_locks_a_run_starts_all_the_same(tmp_path, monkeypatch, capsys):
+    """Some network file systems have none."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert run_here(f"{SHORT} --run-dir {tmp_path / 'run'}") == 0
+    assert "No locks available" in capsys.readouterr().err
 
 
 # --- disks, memory and numbers ------------------------------------------------

@@ -137,18 +137,6 @@ def test_plays_the_policy_of_every_script(script, tmp_path, command):
         assert f"{task}, mean of 2: return {(first + second) / 2:,.1f} " in out
 
 
-def test_small_policy_has_what_acts_and_nothing_else(run, tmp_path, command):
-    small = tmp_path / "small.pt"
-    command(run, "--export", small)
-    content = torch.load(small, weights_only=True)
-    assert content["results"] == (run / "results.csv").read_bytes().decode()
-    weights = content["parts"]["agent"]
-    assert {name.split(".")[0] for name in weights} == {"actor"}
-    numbers = sum(value.numel() for value in weights.values())
-    assert numbers == 5 * 256 + 257 * 128 + 129
-    assert small.stat().st_size < 4 * numbers + len(content["results"]) + 10_000
-
-
 def test_a_task_that_draws_from_numpy_is_repeated(tmp_path, command):
     save(tmp_path, "ne_td3_continuous", env_id="fake_task:GlobalRandom-v0")
     played = [command(tmp_path, "--seed", seed)[1] for seed in (1, 1, 2)]

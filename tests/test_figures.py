@@ -117,14 +117,6 @@ def test_the_figure_of_a_sequence_has_a_panel_per_task(tmp_path):
     assert "of 1 seed on Big-v1: Reset 0;" in " ".join(said)
 
 
-def test_the_figure_from_pixels_counts_frames(tmp_path):
-    write_run(tmp_path, "drq", "walker_walk", 1, [1, 2])
-    options = {"tasks": ("walker_walk",), "seeds": 1, "out": tmp_path / "figure10.png"}
-    figures.figure("figure10", (tmp_path,), **options)
-    said = texts(tmp_path / "figure10.svg")
-    assert "environment frames" in said and "environment steps" not in said
-
-
 # --- the page -----------------------------------------------------------------
 TABLES = re.findall(
     r"python benchmark/(plot|plasticity|shifts)\.py (\w+ .*)--out (results/figures/\S+)\.png",

@@ -113,19 +113,6 @@ def test_growth_while_priming(primed, tmp_path):
     assert epsilons[0][1] < 1 == epsilons[1][1] > epsilons[1][2]
 
 
-def test_a_reset_after_priming_is_a_new_network(primed):
-    fits = {}
-    for arm in ("td3", "reset_primed"):
-        before, after, _ = rows(primed[arm] / "probes.csv")
-        fits[arm] = (before, after)
-    assert fits["td3"][0] == fits["reset_primed"][0]
-    assert fits["td3"][1] != fits["reset_primed"][1]
-    norms = [float(row["critic/weight_norm"]) for row in fits["reset_primed"]]
-    assert norms[0] == pytest.approx(norms[1], rel=0.1)
-    losses = [column(primed[arm] / "losses.csv", "losses/qf_loss") for arm in fits]
-    assert losses[0][:3] == losses[1][:3] and losses[0][3] != losses[1][3]
-
-
 def test_the_small_dense_networks_have_the_weights_of_the_sparse_ones():
     sparse = ne.Agent(ne.Args(), 17, 6, 0, torch.device("cpu"))
     small = td3.Agent(td3.Args(**priming.SMALL), 17, 6, 0, torch.device("cpu"))
@@ -213,15 +200,6 @@ def test_trainability_changes_nothing_and_keeps_masks():
         assert torch.equal(new.weight, new.weight * new.mask)
 
 
-def test_masked_weights_stay_0_in_a_fit(monkeypatch):
-    """What is fitted is a copy: seen through the copy that it makes."""
-    mlp = critic(0.3)
-    monkeypatch.setattr(probes.copy, "deepcopy", lambda mlp: mlp)
-    probes.fit(mlp, X, torch.ones(256, 1), 5, 1e-2)
-    for layer in mlp.layers:
-        assert torch.equal(layer.weight, layer.weight * layer.mask)
-
-
 def test_effective_rank():
     assert probes.effective_rank(torch.eye(10)) == 10
     assert probes.effective_rank(torch.ones(10, 4)) == 1
@@ -303,14 +281,3 @@ def test_table_and_picture(monkeypatch, tmp_path, capsys):
     assert "| ne | after | 1.00 | 1.00 | 1 | 100.0% |" in of_probes
     assert out.startswith((tmp_path / "priming.md").read_text())
     assert (tmp_path / "priming.png").stat().st_size > 10_000
-
-
-def test_table_of_what_priming_adds(monkeypatch, tmp_path, capsys):
-    primed = synthetic_arms(tmp_path / "primed", {"td3": 100, "ne": 200, "static": 0})
-    without = synthetic_arms(tmp_path / "without", {"td3": 70, "ne": 150})
-    out, _ = table(monkeypatch, capsys, primed, "--control", without)
-    assert "| td3, last two evaluations | 3, 3 | 70 [45, 95] | – | 30 [7, 53] | – |" in out
-    # 8 degrees of freedom, standard error sqrt(4 * 10^2 / 3)
-    own = "| ne, last two evaluations | 3, 3 | 150 [125, 175] | 80 [57, 103] |"
-    assert f"{own} 50 [27, 73] | 20 [-7, 47] |" in out
-    assert "| static, last two" not in out

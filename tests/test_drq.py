@@ -476,16 +476,6 @@ def test_what_is_not_given_scales_with_task_and_run():
     assert (other.total_timesteps, other.stddev_duration) == (3_100_000, 500_000)
 
 
-@pytest.mark.parametrize(
-    ("changes", "actor", "critic"),
-    [({}, "25% -> 75%", "25% -> 95%"), ({"growth": "none"}, "25% -> 25%", "25% -> 25%")]
-    + [({"ne_actor": False, "initial_density": 0.8}, "100% -> 100%", "80% -> 95%")],
-)
-def test_the_plan_is_one_right_line(changes, actor, critic):
-    plan = f"topology: actor {actor}, critic {critic} in 99 rounds, less what is pruned"
-    assert ne.growth_plan(scaled(**changes)) == plan
-
-
 # --- combinations -------------------------------------------------------------
 def test_reset_is_for_the_heads_only():
     agent, buffer = make_agent()

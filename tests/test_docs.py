@@ -49,11 +49,6 @@ def test_links_inside_the_repository_lead_somewhere(page):
             assert anchor in anchors, f"there is no section {anchor} in {file.name}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_names)
-def test_no_reference_names_a_line(page):
-    assert not re.search(r"#L\d|\.py:\d", page.read_text())
-
-
 def definitions(file: Path) -> set[str]:
     """Names of functions and classes, and of methods as Class.method and method."""
     names = set()

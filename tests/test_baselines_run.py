@@ -125,6 +125,9 @@ def test_a_compiled_injection_resumes_exactly(tmp_path, monkeypatch):
         assert float(one["eval/return_mean"]) == expected
 
 
+SCRIPTS = [*ROOT.glob("ne_*.py"), *ROOT.glob("baselines/*_*.py")]
+
+
 # --- what is refused ----------------------------------------------------------
 @pytest.mark.parametrize(
     ("flags", "words"),
@@ -154,9 +157,9 @@ def test_what_another_run_left_is_refused(whole, tmp_path, capsys):
     refused(capsys, f"--resume {tmp_path / 'run'}", words, module=td3, code=1)
 
 
-@pytest.mark.parametrize("name", ["td3_continuous", "td3_continual", "drq_dmc"])
-def test_it_runs_as_a_file(name, tmp_path):
-    command = [sys.executable, ROOT / "baselines" / f"{name}.py", "--gamma", "3"]
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_scripts_run_as_files_from_anywhere(script, tmp_path):
+    command = [sys.executable, script, "--gamma", "3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert_one_line(done.stderr, "--gamma must be in [0, 1], got 3.0")

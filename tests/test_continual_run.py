@@ -1,8 +1,6 @@
 """The continual scripts as users run them: end to end, interrupted, given bad input."""
 
 import contextlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from baselines import td3_continual as td3
 from helpers import (
     REFUSED_NE,
     REFUSED_TD3,
-    ROOT,
     assert_equal,
     assert_equal_runs,
     assert_limits,
@@ -92,10 +89,7 @@ def test_the_topology_grows_over_the_whole_sequence(whole):
         density = [float(row[f"ne/{name}/density"]) for row in results]
         assert density[0] == pytest.approx(0.25, abs=0.02)
         assert density[-1] > 1.5 * density[0]
-        grown = [int(row[f"ne/{name}/grown"]) for row in results]
-        assert grown == sorted(grown) and grown[0] == 0 < grown[-1]
         assert [row[f"ne/{name}/active_ratio"] for row in results[:2]] == ["nan", "nan"]
-        assert all(0 < float(row[f"ne/{name}/active_ratio"]) <= 1 for row in results[2:])
 
 
 def test_tensorboard_has_a_return_for_every_task(whole):
@@ -283,13 +277,3 @@ def test_resume_refuses_another_run_s_flags_and_another_script(whole, capsys):
     ):
         refused(capsys, f"--resume {whole} {flags}", words, module=ne)
     refused(capsys, f"--resume {whole}", "it is of ne_td3_continual", module=td3, code=1)
-
-
-@pytest.mark.parametrize("words", [["ne_td3_continual.py"], ["-m", "baselines.td3_continual"]])
-def test_scripts_run_from_the_root_and_name_the_flags_of_a_sequence(words):
-    command = [sys.executable, *words, "--help"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0
-    for flag in ("--tasks", "--cycles", "--steps-per-task", "--episodes-per-task"):
-        assert flag in process.stdout
-    assert "--total-timesteps" not in process.stdout

@@ -139,6 +139,18 @@ def refused(capsys, arguments: str | list, *words: str, module=ne, code: int = 2
     assert_one_line(error, *words)
 
 
+def call(capsys, module, *arguments) -> tuple[int, str, str]:
+    """A tool in this process: exit code, stdout, stderr."""
+    capsys.readouterr()
+    code = 0
+    with mock.patch.object(sys, "argv", [module.__file__, *map(str, arguments)]):
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    return code, *capsys.readouterr()
+
+
 def count_calls(monkeypatch, module, *names: str) -> collections.Counter:
     """How often functions of a script are called from now on."""
     calls = collections.Counter()

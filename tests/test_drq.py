@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,6 +196,18 @@ def test_actions_are_rescaled_and_repeated_and_rewards_summed(monkeypatch):
     assert (env.episodic_return, env.episodic_length) == (total + reward, 7)
     env.reset()
     assert (env.episodic_return, env.episodic_length) == (0.0, 0)
+
+
+def test_actions_stay_within_the_bounds_to_the_last_bit(monkeypatch):
+    class Narrow(FakeTask):  # rescaling passes 0.2 by the last bit
+        def action_spec(self):
+            bounds = {"minimum": np.full(2, -0.1), "maximum": np.full(2, 0.2)}
+            return SimpleNamespace(shape=(2,), **bounds)
+
+    env = fake_env(monkeypatch, Narrow)
+    env.reset()
+    env.step(np.ones(2, dtype=np.float32))
+    assert env.task.actions[0].max() <= 0.2
 
 
 def test_observations_are_stacks_with_the_newest_frame_last(monkeypatch):

@@ -14,7 +14,7 @@ import torch
 import enjoy
 import fake_task
 import ne_drq_dmc
-from helpers import ROOT, assert_one_line, rows, run_here
+from helpers import ROOT, assert_one_line, call, rows, run_here
 
 TASK = "InvertedPendulum-v5"  # 4 observations, 1 action, 25 pictures a second, MuJoCo
 RUN = (
@@ -50,22 +50,6 @@ def without_pictures_before_and_after(monkeypatch):
     monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs enjoy.py here: (exit code, stdout, stderr)."""
-
-    def run_command(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["enjoy.py", *map(str, arguments)])
-        code = 0
-        try:
-            enjoy.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run_command
-
-
 def save(folder, script: str, sizes=None, **changes):
     """A checkpoint as `save` of the scripts writes it, of an agent that has learned nothing."""
     default_sizes, options = SCRIPTS[script]
@@ -85,17 +69,17 @@ def save(folder, script: str, sizes=None, **changes):
 
 
 # --- what is played -----------------------------------------------------------
-def test_returns_are_those_of_the_last_evaluation(run, tmp_path, command):
+def test_returns_are_those_of_the_last_evaluation(run, tmp_path, capsys):
     """Of a run, its checkpoint, and the small policy that is made of it."""
     small = tmp_path / "new" / "small.pt"
-    code, out, err = command(run, "--export", small)
+    code, out, err = call(capsys, enjoy, run, "--export", small)
     assert code == 0, err
     assert out.startswith(f"{small}: {small.stat().st_size / 1000:,.0f} kB; ne_td3_continuous")
     row = rows(run)[-1]
     mean = float(row["eval/return_mean"])
     spread = f"{mean:,.1f} +- {float(row['eval/return_std']):,.1f}"
     for path in (run, run / "checkpoint.pt", small):
-        code, out, err = command(path, "--seed", 1, "--episodes", 2)
+        code, out, err = call(capsys, enjoy, path, "--seed", 1, "--episodes", 2)
         assert code == 0, err
         first, *episodes, last = out.splitlines()
         assert first == f"ne_td3_continuous, seed 1, step 300; last evaluation: {TASK} {spread}"
@@ -109,12 +93,12 @@ def test_returns_are_those_of_the_last_evaluation(run, tmp_path, command):
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "injection"])
-def test_plays_the_policy_of_every_script(script, tmp_path, command):
+def test_plays_the_policy_of_every_script(script, tmp_path, capsys):
     changes = {}
     if script == "injection":
         script, changes = "baselines.td3_continuous", {"method": "injection"}
     agent = save(tmp_path, script, **changes)
-    code, _, err = command(tmp_path, "--export", tmp_path / "small.pt")
+    code, _, err = call(capsys, enjoy, tmp_path, "--export", tmp_path / "small.pt")
     assert code == 0, err
     played = []
     for path in (tmp_path, tmp_path / "small.pt"):
@@ -125,7 +109,7 @@ def test_plays_the_policy_of_every_script(script, tmp_path, command):
             assert np.array_equal(player.act(start), expected)
         else:
             assert np.array_equal(player.act(start[0]), agent.actor.act(start[0]))
-        code, out, err = command(path, "--episodes", 2)
+        code, out, err = call(capsys, enjoy, path, "--episodes", 2)
         assert code == 0, err
         played.append(out)
     assert played[0] == played[1]
@@ -137,9 +121,9 @@ def test_plays_the_policy_of_every_script(script, tmp_path, command):
         assert f"{task}, mean of 2: return {(first + second) / 2:,.1f} " in out
 
 
-def test_a_task_that_draws_from_numpy_is_repeated(tmp_path, command):
+def test_a_task_that_draws_from_numpy_is_repeated(tmp_path, capsys):
     save(tmp_path, "ne_td3_continuous", env_id="fake_task:GlobalRandom-v0")
-    played = [command(tmp_path, "--seed", seed)[1] for seed in (1, 1, 2)]
+    played = [call(capsys, enjoy, tmp_path, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert played[0] == played[1] != played[2]
 
 
@@ -161,10 +145,10 @@ def frames_of(path) -> tuple[float, list[np.ndarray]]:
     "MUJOCO_GL" not in os.environ and ctypes.util.find_library("EGL") is None,
     reason="no libEGL here",
 )
-def test_video_of_a_state_task(run, tmp_path, command):
+def test_video_of_a_state_task(run, tmp_path, capsys):
     path = tmp_path / "videos" / "a.mp4"
-    _, plain, _ = command(run, "--episodes", 2)
-    code, out, err = command(run, "--episodes", 2, "--video", path)
+    _, plain, _ = call(capsys, enjoy, run, "--episodes", 2)
+    code, out, err = call(capsys, enjoy, run, "--episodes", 2, "--video", path)
     assert code == 0, err
     lines = out.splitlines(keepends=True)
     assert lines.pop(2).startswith(f"{path}: ")
@@ -175,9 +159,9 @@ def test_video_of_a_state_task(run, tmp_path, command):
     assert frames[0].shape == (480, 480, 3) and frames[0].std() > 10
 
 
-def test_video_of_pixels_is_what_the_agent_sees(tmp_path, command):
+def test_video_of_pixels_is_what_the_agent_sees(tmp_path, capsys):
     save(tmp_path, "ne_drq_dmc")
-    code, _, err = command(tmp_path, "--video", tmp_path / "a.mp4", "--episodes", 1)
+    code, _, err = call(capsys, enjoy, tmp_path, "--video", tmp_path / "a.mp4", "--episodes", 1)
     assert code == 0, err
     fps, frames = frames_of(tmp_path / "a.mp4")
     assert fps == 25 and len(frames) == 11  # the first, and 20 steps of 0.02 s, two an action
@@ -201,31 +185,31 @@ def refused(result: tuple, *words: str) -> None:
         ("--export checkpoint.pt", "--export must not be a checkpoint.pt"),
     ],
 )
-def test_refuses_flags(flags, words, run, command):
-    refused(command(run, *flags.split()), words)
+def test_refuses_flags(flags, words, run, capsys):
+    refused(call(capsys, enjoy, run, *flags.split()), words)
 
 
-def test_refuses_what_is_no_policy(run, tmp_path, command):
-    refused(command(tmp_path), "checkpoint.pt is missing", "No such file")
+def test_refuses_what_is_no_policy(run, tmp_path, capsys):
+    refused(call(capsys, enjoy, tmp_path), "checkpoint.pt is missing", "No such file")
     checkpoint = (run / "checkpoint.pt").read_bytes()
     bad = tmp_path / "bad.pt"
     for content in (b"text", checkpoint[: len(checkpoint) // 2]):
         bad.write_bytes(content)
-        refused(command(bad), "bad.pt is missing, damaged")
+        refused(call(capsys, enjoy, bad), "bad.pt is missing, damaged")
     content = torch.load(run / "checkpoint.pt", weights_only=True)
     for foreign in ([1, 2], content | {"script": "sac"}):
         torch.save(foreign, bad)
-        refused(command(bad), "bad.pt is missing, damaged, or not of this version")
+        refused(call(capsys, enjoy, bad), "bad.pt is missing, damaged, or not of this version")
 
 
-def test_refuses_weights_that_do_not_fit(tmp_path, command):
+def test_refuses_weights_that_do_not_fit(tmp_path, capsys):
     save(tmp_path, "ne_td3_continuous", env_id="Pendulum-v1")
-    refused(command(tmp_path), "does not fit its task", "size mismatch")
+    refused(call(capsys, enjoy, tmp_path), "does not fit its task", "size mismatch")
 
 
-def test_says_what_a_video_lacks(run, tmp_path, command, monkeypatch):
+def test_says_what_a_video_lacks(run, tmp_path, capsys, monkeypatch):
     video = ("--video", tmp_path / "a.mp4")
     monkeypatch.setenv("MUJOCO_GL", "none")
-    refused(command(run, *video), "--video: cannot film", "none", "libegl1 libgl1")
+    refused(call(capsys, enjoy, run, *video), "--video: cannot film", "none", "libegl1 libgl1")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    refused(command(run, *video), "pip install imageio imageio-ffmpeg")
+    refused(call(capsys, enjoy, run, *video), "pip install imageio imageio-ffmpeg")

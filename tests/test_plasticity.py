@@ -1,7 +1,6 @@
 """benchmark/plasticity.py, priming.py, probes.py: every arm runs, known cases, the table."""
 
 import csv
-import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,7 +14,7 @@ import priming
 import probes
 import run
 from baselines import td3_continuous as td3
-from helpers import run_here
+from helpers import call, run_here
 
 SMALL = "--env-id fake_task:Plain-v0 --actor-hidden 24 16 --critic-hidden 24 16 --batch-size 32"
 SMALL += " --buffer-size 1000 --gamma 0.95 --no-cuda --learning-starts 200 --eval-frequency 100"
@@ -123,24 +122,17 @@ def test_the_small_dense_networks_have_the_weights_of_the_sparse_ones():
 
 
 # --- many runs ----------------------------------------------------------------
-def call(monkeypatch, *arguments) -> None:
-    """A command in this process."""
-    monkeypatch.setattr(sys, "argv", ["plasticity.py", *map(str, arguments)])
-    plasticity.main()
-
-
 def test_run_makes_what_is_missing(primed, monkeypatch, capsys):
     made = []
     monkeypatch.setattr(run, "make_all", lambda args, jobs: made.extend(jobs) or {})
     out = primed["ne"].parent
     words = ["run", "--arms", "td3", "ne", "--seeds", 2, "--out", out, f"--flags={PRIMING}"]
-    with pytest.raises(SystemExit):
-        call(monkeypatch, *words)
+    _, _, err = call(capsys, plasticity, *words)
     assert [job.name for job in made] == ["td3_seed2", "ne_seed2"]
-    assert "2 finished, 2 new" in capsys.readouterr().err
-    with pytest.raises(SystemExit):  # of other flags
-        call(monkeypatch, *words[:-1], f"--flags={PRIMING} --gamma 0.5")
-    assert "--gamma is 0.95 there, 0.5 is wanted" in capsys.readouterr().err
+    assert "2 finished, 2 new" in err
+    other = f"--flags={PRIMING} --gamma 0.5"
+    _, _, err = call(capsys, plasticity, *words[:-1], other)
+    assert "--gamma is 0.95 there, 0.5 is wanted" in err
 
 
 @pytest.mark.parametrize(
@@ -150,11 +142,9 @@ def test_run_makes_what_is_missing(primed, monkeypatch, capsys):
         ("--flags=--arm=td3", "say what run it is: --arm=td3"),
     ],
 )
-def test_refusals(flags, says, monkeypatch, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, "run", "--out", tmp_path / "runs", *flags.split())
-    assert stop.value.code == 2
-    assert says in capsys.readouterr().err
+def test_refusals(flags, says, tmp_path, capsys):
+    code, _, err = call(capsys, plasticity, "run", "--out", tmp_path / "runs", *flags.split())
+    assert code == 2 and says in err
     assert not (tmp_path / "runs").exists()
 
 
@@ -260,16 +250,12 @@ def synthetic_arms(out: Path, levels: dict[str, float]) -> Path:
     return out
 
 
-def table(monkeypatch, capsys, folder: Path, *more) -> tuple[str, str]:
-    call(monkeypatch, "table", folder, "--out", folder / "priming.png", *more)
-    return capsys.readouterr()
-
-
-def test_table_and_picture(monkeypatch, tmp_path, capsys):
+def test_table_and_picture(tmp_path, capsys):
     synthetic_arms(tmp_path, {"td3": 100, "ne": 200})
     synthetic(tmp_path, 150, "static")
     synthetic(tmp_path, 150, "redo", steps=35_000)
-    out, err = table(monkeypatch, capsys, tmp_path)
+    picture = tmp_path / "priming.png"
+    _, out, err = call(capsys, plasticity, "table", tmp_path, "--out", picture)
     assert "left out: redo_seed1 is at step 35,000 of 40,000" in err
     returns, fits, of_probes, *_ = out.split("\n\n")
     assert "| td3 | 3 | 100 [75, 125] | – | – | 100 [75, 125] | – | – |" in returns
@@ -280,4 +266,4 @@ def test_table_and_picture(monkeypatch, tmp_path, capsys):
     assert "| ne | 3 | 1.00 | 0.00 | – | 1.00 | 0.00 | – |" in fits
     assert "| ne | after | 1.00 | 1.00 | 1 | 100.0% |" in of_probes
     assert out.startswith((tmp_path / "priming.md").read_text())
-    assert (tmp_path / "priming.png").stat().st_size > 10_000
+    assert picture.stat().st_size > 10_000

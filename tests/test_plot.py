@@ -3,7 +3,6 @@
 import csv
 import itertools
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 import drawing
 import plot
 import topology_picture
+from helpers import assert_one_line, call
 
 COLUMNS = ["step", *drawing.COLUMNS]
 
@@ -54,19 +54,11 @@ def write_continual(
     return write_rows(folder, rows, [*COLUMNS, "cycle", "task_trained", "task_evaluated"])
 
 
-def call(monkeypatch, *args: str | Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, args)])
-    plot.main()
-
-
-def refusal(monkeypatch, capsys, *args: str | Path) -> str:
-    """The one line that a command says before it exits with 2."""
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, *args)
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and said.out == ""
-    assert said.err.startswith("error: ") and said.err.count("\n") == 1
-    return said.err
+def refused(result: tuple, *words: str) -> None:
+    """Exit code 2 and one line."""
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert_one_line(err, *words)
 
 
 def texts(svg: Path) -> list[str]:
@@ -81,9 +73,9 @@ def test_curves_writes_png_and_svg(tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "curves.png"
     runs = (f"5 $ and $\\nope$={tmp_path}/ne_*", f"dense={dense}/results.csv")
     more = ("--title", "$\\neither$", "--note", "one seed: shows that it runs", "--svg")
-    call(monkeypatch, "curves", *runs, "--out", out, *more)
+    _, said, _ = call(capsys, plot, "curves", *runs, "--out", out, *more)
     svg = out.with_suffix(".svg")
-    assert capsys.readouterr().out.splitlines() == [f"wrote {out}", f"wrote {svg}"]
+    assert said.splitlines() == [f"wrote {out}", f"wrote {svg}"]
     said = texts(svg)
     for text in ("5 $ and $\\nope$", "$\\neither$", more[3], "environment steps", "actor"):
         assert said.count(text) == 1
@@ -126,7 +118,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ru
     cut.write_text(cut.read_text()[:-10])
     write_continual(Path("sequence"))
     for command in ("curves", "continual"):
-        assert says in refusal(monkeypatch, capsys, command, run)
+        refused(call(capsys, plot, command, run), says)
     assert not list(Path().glob("*.png"))
 
 
@@ -224,8 +216,8 @@ def test_topology_draws_what_the_run_holds(ne_run, tmp_path, monkeypatch, capsys
     np.testing.assert_array_equal(changes["critic: pruned"], [1, 1, 1, 1])
 
     out, gif = tmp_path / "new" / "topology.png", tmp_path / "masks.gif"
-    call(monkeypatch, "topology", ne_run, "--out", out, "--gif", gif)
-    assert capsys.readouterr().out.splitlines() == [f"wrote {out}", f"wrote {gif}"]
+    _, said, _ = call(capsys, plot, "topology", ne_run, "--out", out, "--gif", gif)
+    assert said.splitlines() == [f"wrote {out}", f"wrote {gif}"]
     assert imread(out).shape[1] == 1350  # 900 pixels, one and a half times as sharp
     with Image.open(gif) as animation:
         assert animation.format == "GIF" and animation.n_frames == len(ROUNDS) + 1
@@ -241,5 +233,5 @@ def test_bad_runs_for_topology_are_one_line_and_exit_code_2(ne_run, tmp_path, mo
     }
     out = ("--out", tmp_path / "out.png")
     for run, says in cases.items():
-        assert says in refusal(monkeypatch, capsys, "topology", run, *out)
+        refused(call(capsys, plot, "topology", run, *out), says)
     assert not out[1].exists()

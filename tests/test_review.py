@@ -5,7 +5,6 @@ import torch
 
 import fake_task
 import ne_drq_dmc
-import ne_td3_continual
 import ne_td3_continuous as ne
 from helpers import assert_equal, count_calls, load, rows, run_here
 
@@ -18,8 +17,6 @@ TD3 = "--learning-starts 60 --actor-hidden 8 --critic-hidden 8 "
 TINY = f"{TD3} {ALL} --env-id fake_task:Plain-v0 --total-timesteps 200 --buffer-size 250 "
 SCRIPTS = {
     ne: TINY,
-    ne_td3_continual: f"{TD3} {ALL} --tasks fake_task:Plain-v0 --cycles 1 --steps-per-task 200 "
-    "--buffer-size 250 ",
     ne_drq_dmc: f"{ALL} --total-timesteps 400 --learning-starts 60 --frame-size 16 --channels 4 "
     "--hidden-dim 16 --buffer-size 500 ",
 }

@@ -1,8 +1,6 @@
 """benchmark/shifts.py: its commands, the table and the picture; the tasks of shifted_tasks.py."""
 
-import csv
 import json
-import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -12,14 +10,8 @@ import pytest
 import ne_td3_continuous as ne
 import shifted_tasks
 import shifts
-
-
-def write_rows(folder: Path, rows: list[dict]) -> None:
-    folder.mkdir(parents=True)
-    with open(folder / "results.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+from helpers import call
+from test_plot import write_rows
 
 
 def sequence(folder: Path, share: float, last_task: int = 10) -> None:
@@ -33,26 +25,18 @@ def sequence(folder: Path, share: float, last_task: int = 10) -> None:
                 own = evaluated == trained and step > 10
                 row["eval/return_mean"] = 1_000 * share if own else -5_000
                 rows.append(row)
-    write_rows(folder, rows)
+    write_rows(folder, rows, list(rows[0]))
 
 
 def fresh_run(folder: Path, value: float, last_step: int = 30) -> None:
     steps = range(10, last_step + 1, 10)
-    write_rows(folder, [{"step": step, "eval/return_mean": value} for step in steps])
+    rows = [{"step": step, "eval/return_mean": value} for step in steps]
+    write_rows(folder, rows, list(rows[0]))
 
 
 def fresh(out: Path) -> None:
     for task in shifts.TASKS:
         fresh_run(out / f"fresh_{shifts.short_name(task)}_seed1", 1_000)
-
-
-def call(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["shifts.py", *map(str, arguments)])
-    shifts.main()
-
-
-def table(monkeypatch, folder: Path) -> None:
-    call(monkeypatch, "table", folder, "--out", folder / "shifts.png")
 
 
 # --- runs ---------------------------------------------------------------------
@@ -79,7 +63,7 @@ def test_runs_are_made_seed_by_seed_and_another_stretch_is_another_run(
     made = []
     monkeypatch.setattr(shifts.run, "make", lambda args, jobs: made.extend(jobs))
     flags = ["run", "--arms", "td3", "fresh", "--seeds", 2, "--workers", 3, "--out", tmp_path]
-    call(monkeypatch, *flags)
+    call(capsys, shifts, *flags)
     names = [job.name for job in made]
     assert (names[0], names[11], len(set(names))) == ("td3_seed1", "td3_seed2", 22)
     sequence(tmp_path / "td3_seed1", 1.0, last_task=1)
@@ -97,16 +81,14 @@ def test_runs_are_made_seed_by_seed_and_another_stretch_is_another_run(
         (["--stretch", 9], "--stretch must be in [10, "),
     ],
 )
-def test_refusals(monkeypatch, tmp_path, capsys, flags, words):
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, *RUN, "--out", tmp_path / "runs", *flags)
-    assert stop.value.code == 2
-    assert words in capsys.readouterr().err
+def test_refusals(tmp_path, capsys, flags, words):
+    code, _, err = call(capsys, shifts, *RUN, "--out", tmp_path / "runs", *flags)
+    assert code == 2 and words in err
     assert not (tmp_path / "runs").exists()
 
 
 # --- what came out ------------------------------------------------------------
-def test_table_and_picture(monkeypatch, tmp_path, capsys):
+def test_table_and_picture(tmp_path, capsys):
     fresh(tmp_path)
     for seed, share in ((1, 0.5), (2, 0.7)):
         sequence(tmp_path / f"td3_seed{seed}", share)
@@ -116,8 +98,7 @@ def test_table_and_picture(monkeypatch, tmp_path, capsys):
     fresh_run(tmp_path / f"fresh_{task}_seed2", -9_000, last_step=10)
     sequence(tmp_path / "td3_seed1.stopped1", 5.0)  # set aside by run.py
     fresh_run(tmp_path / f"fresh_{task}_seed1.stopped1", -9_000)
-    table(monkeypatch, tmp_path)
-    out, err = capsys.readouterr()
+    _, out, err = call(capsys, shifts, "table", tmp_path, "--out", tmp_path / "shifts.png")
     assert "left out: ne_seed3 is at step 270 of 300" in err
     assert f"left out: fresh_{task}_seed2 is at step 10 of 30" in err
     rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("| ")}

@@ -16,6 +16,7 @@ import pytest
 import tyro
 
 import run
+from helpers import call
 
 SCRIPT = Path(run.__file__)
 # Pendulum's episodes are 200 steps, and so are the checkpoints apart
@@ -233,21 +234,11 @@ def test_a_failure_keeps_its_last_line_and_a_stop_is_none(tmp_path):
 
 
 # --- the command --------------------------------------------------------------
-def main(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *args])
-    code = 0
-    try:
-        run.main()
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
-
-
 def test_dry_run_prints_commands_that_the_scripts_accept(done, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     out = Path("out")
     copy_of(done, out, "args.json", "results.csv", "checkpoint.pt")
-    code, printed, err = main(monkeypatch, capsys, *arguments(out, "--seeds", "2", "--dry-run"))
+    code, printed, err = call(capsys, run, *arguments(out, "--seeds", "2", "--dry-run"))
     lines = [shlex.split(line) for line in printed.splitlines()]
     assert code == 0 and "figure6: 12 runs, 1 finished, 11 new" in err and len(lines) == 11
     scripts = set()
@@ -263,7 +254,7 @@ def test_dry_run_prints_commands_that_the_scripts_accept(done, tmp_path, monkeyp
 def test_a_printed_command_works_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     given = arguments(Path("out"), *ONE, "--dry-run", steps=400, random=200)
-    _, printed, _ = main(monkeypatch, capsys, *given)
+    _, printed, _ = call(capsys, run, *given)
     command = printed.replace("python ", f"{sys.executable} ")
     subprocess.run(command, shell=True, check=True, capture_output=True)
     assert run.last_step(tmp_path / "out/Pendulum-v1/td3_dense_seed1") == 400
@@ -285,7 +276,7 @@ def test_a_printed_command_works_as_it_stands(tmp_path, monkeypatch, capsys):
 )
 def test_mistakes_are_refused_in_one_line(monkeypatch, capsys, tmp_path, args, says):
     monkeypatch.setattr(run, "start_ray", None)  # should one not be refused, nothing is run
-    code, printed, err = main(monkeypatch, capsys, *args, "--out", str(tmp_path))
+    code, printed, err = call(capsys, run, *args, "--out", str(tmp_path))
     assert code == 2 and printed == ""
     assert err.startswith("error: ") and says in err and err.count("\n") == 1
 
@@ -308,9 +299,7 @@ def launch(out: Path, *args: str, **sizes) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
 
 
-def test_a_local_instance_makes_what_is_missing_and_lists_what_failed(
-    done, tmp_path, monkeypatch, capsys
-):
+def test_a_local_instance_makes_what_is_missing_and_lists_what_failed(done, tmp_path, capsys):
     some = (*ONE, "--tasks", "fake_task:NaNObs-v0", "Pendulum-v1")
     failing, finishing = jobs_in(tmp_path, *some)
     process = launch(tmp_path, *some, "--cpus", "1")
@@ -320,10 +309,10 @@ def test_a_local_instance_makes_what_is_missing_and_lists_what_failed(
     assert f"not finished: {failing.name}: {problem}" in err
     assert results(finishing) == results(done)
 
-    code, _, err = main(monkeypatch, capsys, *arguments(tmp_path, *some))  # nothing to do
+    code, _, err = call(capsys, run, *arguments(tmp_path, *some))  # nothing to do
     assert code == 1 and "1 failed, 1 finished" in err and "made again by --retry-failed" in err
     again = arguments(tmp_path, *some, "--retry-failed", "--dry-run")
-    _, printed, _ = main(monkeypatch, capsys, *again)
+    _, printed, _ = call(capsys, run, *again)
     assert printed.count("\n") == 1 and "NaNObs" in printed
     assert [len(starts(job)) for job in (failing, finishing)] == [1, 1]
 

@@ -1,15 +1,9 @@
 """The benchmark: trainings that take turns, what it counts, and what it refuses."""
 
 import csv
-import io
-import json
-import os
 import sys
 
-import gymnasium as gym
-import pytest
-
-from benchmark import paced, speed
+from benchmark import speed
 
 SMALL = speed.Setting(env_id="Pendulum-v1", widths=(16, 16), batch_size=16)
 
@@ -44,38 +38,6 @@ def test_turns_begin_after_the_first_updates():
     assert contender.process.poll() is None  # it waits for its next turn
     contender.close()
     assert contender.process.returncode == 0
-
-
-def test_the_gate_lets_as_many_steps_through_as_it_says(monkeypatch):
-    read, write = os.pipe()
-    monkeypatch.setenv("SPEED_REPORT", str(write))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
-    steps = 0
-    env = gym.make("Pendulum-v1")
-    env.reset(seed=0)
-    gate = paced.Gate(env, 7)
-    with pytest.raises(SystemExit):  # at the third report nobody answers any more
-        while True:
-            gate.step(env.action_space.sample())
-            steps += 1
-    gate.report.close()
-    with os.fdopen(read) as reports:
-        assert [json.loads(line)["steps"] for line in reports] == [0, 7, 14]
-    assert steps == 14
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"peers": ("CleanRL",)}, "--peers must be from Stable-Baselines3, SBX, got CleanRL"),
-        ({"peers": (), "setting": speed.Setting(threads=10_000)}, "--setting.threads must be 1 to"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused(monkeypatch, capsys, arguments, words):
-    monkeypatch.setattr(speed, "Contender", None)  # none starts
-    with pytest.raises(SystemExit) as stop:
-        speed.compare(**arguments)
-    assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
 class Fake(speed.Contender):

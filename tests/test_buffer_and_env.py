@@ -7,6 +7,7 @@ import torch
 
 import fake_task
 import ne_td3_continuous as ne
+from baselines import td3_continuous as td3
 from helpers import assert_equal_runs, load, refused, rows, run_here
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def test_the_state_is_the_filled_part_and_restores(transitions):
 # Updates from 61 on, checkpoints at 40, 80, ...
 TINY = (
     "--learning-starts 60 --total-timesteps 160 --actor-hidden 8 --critic-hidden 8 "
-    "--batch-size 8 --buffer-size 160 --grow-interval 40 --eval-frequency 110 "
+    "--batch-size 8 --buffer-size 160 --eval-frequency 110 "
     "--eval-episodes 1 --checkpoint-frequency 40 --no-cuda "
 )
 
@@ -131,12 +132,15 @@ def test_the_observations_of_a_dictionary_are_one_vector():
 
 
 # --- what an environment does -------------------------------------------------
-@pytest.mark.parametrize("task", fake_task.FAULTS)
-def test_a_number_that_is_not_finite_stops_the_run_before_it_is_stored(task, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("script", "task"), [(td3, "NaNReward"), *((ne, task) for task in fake_task.FAULTS)]
+)
+def test_a_number_that_is_not_finite_stops_the_run_unstored(script, task, tmp_path, capsys):
     [part] = fake_task.FAULTS[task]
     name = {"obs": "observation"}.get(part, part)
     flags = f"{TINY} --env-id fake_task:{task}-v0 --run-dir {tmp_path / 'run'}"
-    refused(capsys, flags, f"the {name} is NaN or infinite at step 130", "--resume", code=1)
+    words = f"the {name} is NaN or infinite at step 130; --resume"
+    refused(capsys, flags, words, module=script, code=1)
     checkpoint = load(tmp_path / "run")
     assert checkpoint["step"] == 120
     assert checkpoint["parts"]["buffer"]["filled"].isfinite().all()

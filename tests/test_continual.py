@@ -11,7 +11,7 @@ import torch
 import fake_task
 import ne_td3_continual as ne
 from baselines import td3_continual as td3
-from helpers import assert_updates_read_no_values, equal, train
+from helpers import assert_updates_read_no_values, train
 
 CPU = torch.device("cpu")
 SCRIPTS = pytest.mark.parametrize("script", [ne, td3], ids=["ne", "td3"])
@@ -166,41 +166,6 @@ def test_updates_read_no_values_and_stay_on_their_device(script):
         column = torch.empty(8)
     batch = ne.Batch(rows, obs, obs_actions, obs, column, column, action, action)
     assert_updates_read_no_values(agent, batch, reads="action_mask")
-
-
-# --- growth -------------------------------------------------------------------
-def padded_masks(agent: ne.Agent) -> list[torch.Tensor]:
-    """Masks of what the small task does not use: inputs, and outputs of the actor."""
-    masks = [agent.actor.layers[0].mask[:, 2:], agent.actor.layers[-1].mask[1:]]
-    for critic in (agent.critic_1, agent.critic_2):
-        masks.append(critic.layers[0].mask[:, [2, 3, 4, 6, 7]])
-    return [mask.clone() for mask in masks]
-
-
-def topology_round(agent: ne.Agent, batch: ne.Batch, update: int) -> None:
-    ne.topology_round(agent, batch, step=100)
-
-
-def test_growth_gives_no_padded_input_a_connection_before_its_task_comes():
-    agent, buffer = make_agent(ne, prune=False, grow_rate=0.3)
-    both_tasks = buffer.data.clone()
-    buffer.data[1::2] = buffer.data[::2]  # the small task only
-    before = padded_masks(agent)
-    train(agent, buffer, 120, topology_round, rounds=30)
-    assert equal(padded_masks(agent), before)
-    # hardly any connection is left that could learn, hence there was much to choose from
-    batch = buffer.sample(64)
-    for name, network in agent.networks.items():
-        gradient_of = gradients(agent, name, batch)
-        for layer in network.layers:
-            candidates = (layer.mask == 0) & (gradient_of[layer.weight] != 0)
-            assert candidates.float().mean() < 0.05
-    # the plan counts what can learn nothing, too
-    assert agent.actor.counts["grown"] < agent.actor.counts["planned"]
-    buffer.data.copy_(both_tasks)
-    train(agent, buffer, 120, topology_round, rounds=30)
-    for was, mask in zip(before, padded_masks(agent), strict=True):
-        assert mask.sum() > was.sum()
 
 
 # --- schedule -----------------------------------------------------------------

@@ -115,15 +115,11 @@ def test_without_a_method_it_is_the_ne_script_without_ne(whole, ours, theirs):
 
 def test_before_an_injection_the_run_is_drq_v2(whole):
     """The rows before it are the same bytes, those after it are not."""
-    names = ("none", "injection", "injection by default")
-    none, injection, by_default = (
-        (whole(name) / "results.csv").read_text().splitlines() for name in names
-    )
+    none, injection = [
+        (whole(name) / "results.csv").read_text().splitlines() for name in ("none", "injection")
+    ]
     assert none[:3] == injection[:3]  # header, 100, 200
     assert none[3] != injection[3]
-    # at its very step: returns and losses are the same, dormant neurons are not
-    assert by_default[2].split(",")[:6] == none[2].split(",")[:6]
-    assert by_default[2] != none[2]
 
 
 # --- interrupted --------------------------------------------------------------

@@ -139,6 +139,18 @@ def refused(capsys, arguments: str | list, *words: str, module=ne, code: int = 2
     assert_one_line(error, *words)
 
 
+def call(capsys, module, *arguments) -> tuple[int, str, str]:
+    """A tool in this process: exit code, stdout, stderr."""
+    capsys.readouterr()
+    code = 0
+    with mock.patch.object(sys, "argv", [module.__file__, *map(str, arguments)]):
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    return code, *capsys.readouterr()
+
+
 def count_calls(monkeypatch, module, *names: str) -> collections.Counter:
     """How often functions of a script are called from now on."""
     calls = collections.Counter()
@@ -382,22 +394,11 @@ def assert_limits(capsys, module) -> None:
 REFUSED_TD3 = [
     ("--seed 4294967296", "--seed must be in [0, 2,147,483,647], got 4294967296"),
     ("--gamma 1.1", "--gamma must be in [0, 1], got 1.1"),
-    ("--learning-rate 0", "--learning-rate must be in [1e-09, 1], got 0"),
-    ("--replay-ratio 0", "--replay-ratio must be in [1, "),
     ("--batch-size 500 --buffer-size 400", "--batch-size must be at most 400, got 500"),
     ("--actor-hidden 32 0", "--actor-hidden must be in [1, "),
     ("--cuda=False", "--cuda takes no value: give --cuda or --no-cuda"),
 ]
 REFUSED_NE = [
-    ("--initial-density nan", "--initial-density must be in [1e-09, 1], got nan"),
     ("--initial-density 0.97", "--final-density must be below 1 and at least --initial-density"),
-    ("--final-density 1", "--final-density must be below 1"),
     ("--prune-ratio 1", "--prune-ratio must be in [0, 0.999], got 1.0"),
-    ("--grow-interval 0", "--grow-interval must be in [1, "),
-    ("--review-fraction 0", "--review-fraction must be in [1e-09, 1], got 0"),
 ]
-
-
-# --- pixels: a small agent of the DrQ-v2 scripts ------------------------------
-PIXELS = {"frame_size": 24, "channels": 4, "hidden_dim": 32, "batch_size": 16, "buffer_size": 60}
-PIXELS |= {"total_timesteps": 1_000, "stddev_duration": 100}

@@ -2,7 +2,7 @@
 
 Set-ups are words in one argument: "117:SIGTERM" sends the run this signal while it stores
 its 117th transition, "kill_in_saving" kills it in the middle of writing its second
-checkpoint, "fake_pixels" puts the fake task in place of dm_control's.
+checkpoint.
 """
 
 import importlib
@@ -51,11 +51,6 @@ def set_up(script, words: list[str]) -> None:
     for word in words:
         if word == "kill_in_saving":
             os.fsync = kill_in_saving(os.fsync)
-        elif word == "fake_pixels":
-            import fake_task
-            import ne_drq_dmc
-
-            ne_drq_dmc.load_task = fake_task.load_task
         else:
             addition, name = word.split(":")
             due[int(addition)] = name

@@ -1,6 +1,5 @@
 """Invariants of the agent (SPEC, section 1): masks, gradients, moments, budget, plain TD3."""
 
-import contextlib
 import copy
 import math
 
@@ -13,8 +12,6 @@ import helpers
 import ne_td3_continuous as ne
 import utils_topology as topology
 from helpers import make_agent, mlps_of, silence_some
-
-CPU = torch.device("cpu")
 
 
 def make(grow_rate: float = 0.3, **changes):
@@ -230,20 +227,6 @@ def test_pruning_leaves_the_outputs_on_its_batch(ne_actor):
     assert_same_outputs(before, outputs(agent, batch))
 
 
-def test_targets_lose_what_is_pruned_and_get_zero_for_what_is_born():
-    agent, buffer = make()
-    train(agent, buffer, updates=20, rounds=2)
-    silence_some(agent)
-    before = [(layer.mask.clone(), layer.weight.clone()) for layer in target_layers(agent)]
-    do_round(agent, buffer)
-    gone = 0
-    for (mask, weight), target in zip(before, target_layers(agent), strict=True):
-        assert torch.equal(target.weight, weight * target.mask)
-        assert not target.weight[(target.mask == 1) & (mask == 0)].any()
-        gone += int(((target.mask == 0) & (mask == 1)).sum())
-    assert gone > 0
-
-
 def test_nothing_happens_when_the_cosine_is_zero():
     agent, buffer = make()
     silence_some(agent)
@@ -327,46 +310,36 @@ def test_layer_norm_on_hidden_layers_only():
         assert torch.allclose(ne.MLP.forward(mlp, x), mlp.layers[-1](h))
 
 
-def spoil_norms(agent: ne.Agent) -> None:
-    """Every gain is 0.7, Adam's squares of gains and biases count from 1."""
-    for mlp in mlps(agent):
-        for norm in mlp.norms:
-            norm.weight.data.fill_(0.7)
-            for p in norm.parameters():
-                adam_of(agent, p)["exp_avg"].fill_(1.0)
-                adam_of(agent, p)["exp_avg_sq"].copy_(torch.arange(1.0, 1 + len(p)))
-
-
 @pytest.mark.parametrize("method", ["prune", "redo"])
 def test_a_neuron_that_its_layer_norm_silenced_starts_anew(method):
-    """Gain 1 and bias 0; Adam's squares: of a pruned one the mean, of ReDo's 0."""
+    """With gain 1 and bias 0; Adam's squares: of a pruned one the mean, of ReDo's 0."""
     agent, buffer = make(grow_rate=1.0, prune_ratio=0.999, layer_norm=True, redo_tau=0.0)
     silence_some(agent)
-    spoil_norms(agent)
+    norms = [norm for mlp in mlps(agent) for norm in mlp.norms]
+    for norm in norms:
+        norm.weight.data.fill_(0.7)
+    helpers.fill_moments(*agent.optimizers)
     batch = buffer.sample(64)
-    dormant = [[h.count_nonzero(dim=0) == 0 for h in mlp.hidden(batch)] for mlp in mlps(agent)]
+
+    def hidden() -> list[torch.Tensor]:
+        return [h for mlp in mlps(agent) for h in mlp.hidden(batch)]
+
+    dormant = [h.count_nonzero(dim=0) == 0 for h in hidden()]
     if method == "prune":
         ne.topology_round(agent, batch, 1)
     else:
         ne.redo(agent, batch)
-    for mlp, of_layers in zip(mlps(agent), dormant, strict=True):
-        for norm, which, h in zip(mlp.norms, of_layers, mlp.hidden(batch), strict=True):
-            anew = norm.weight == 1
-            assert torch.equal(anew, which) if method == "redo" else anew[which].any()
-            assert not anew[~which].any()
-            assert (h[:, anew] > 0).any()
-            assert not norm.bias[anew].any()
-            assert torch.allclose(norm.weight[~anew], torch.tensor(0.7))
-            for p in norm.parameters():
-                counted = torch.arange(1.0, 1 + len(p))
-                state = adam_of(agent, p)
-                assert not state["exp_avg"][anew].any()
-                assert state["exp_avg"][~anew].all()
-                squares = state["exp_avg_sq"]
-                assert torch.equal(squares[~anew], counted[~anew])
-                mean = counted.mean() if method == "prune" else torch.tensor(0.0)
-                # at its turn, when some of the others had been replaced
-                assert torch.allclose(squares[anew], mean, rtol=0.2)
+    for norm, which, h in zip(norms, dormant, hidden(), strict=True):
+        anew = norm.weight == 1
+        assert torch.equal(anew, which) if method == "redo" else anew[which].any()
+        assert not anew[~which].any()
+        assert (h[:, anew] > 0).any()
+        assert not norm.bias[anew].any()
+        for p in norm.parameters():
+            state = adam_of(agent, p)
+            assert not state["exp_avg"][anew].any()
+            assert (state["exp_avg"][~anew] == 1).all()
+            assert (state["exp_avg_sq"][anew] == (2 if method == "prune" else 0)).all()
 
 
 # --- experience review --------------------------------------------------------
@@ -517,30 +490,6 @@ def test_reset_starts_anew_inside_the_masks(layer_norm):
             assert not any(value.any() for value in state.values())
 
 
-# --- torch.compile ------------------------------------------------------------
-@pytest.mark.slow
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_compiled_gradients_are_those_of_the_eager_agent_and_in_order(layer_norm):
-    agent, buffer = make(layer_norm=layer_norm)
-    train(agent, buffer, updates=20, rounds=2)
-    eager = copy.deepcopy(agent)
-    batch = buffer.sample(64)
-    names = ("critic_gradients", "actor_gradients")
-    compiled = {name: ne.compiled(getattr(agent, name), batch) for name in names}
-    assert helpers.equal(helpers.values(agent), helpers.values(eager))
-    for _ in range(3):
-        batch = buffer.sample(64)
-        for name in names:
-            *ours, gradients = compiled[name](batch)
-            *theirs, expected = getattr(eager, name)(batch)
-            for one, two in zip([*ours, *gradients], [*theirs, *expected], strict=True):
-                assert torch.allclose(one, two, atol=1e-5)
-                assert one.stride() == two.stride()
-        agent.update_critic(batch)
-        agent.update_actor(batch)
-        eager.load_state_dict(agent.state_dict())
-
-
 # --- CUDA ---------------------------------------------------------------------
 def test_updates_read_no_values_and_stay_on_their_device():
     meta = torch.device("meta")
@@ -566,42 +515,8 @@ def test_what_a_graph_reads_and_writes_stays_where_it_is():
     train(agent, buffer, updates=40, rounds=4)
     ne.redo(agent, buffer.sample(64))
     ne.reset(agent)
-    train(agent, buffer, updates=10, rounds=1)
     agent.load_state_dict(copy.deepcopy(agent.state_dict()))
     assert addresses() == before
-
-
-def test_a_graph_is_captured_once_after_three_plain_updates(monkeypatch):
-    """With stand-ins for CUDA: what is recorded runs at every replay, on the last batch."""
-    calls = []
-
-    class Graph:
-        def replay(self):
-            calls.append("replay")
-
-    class Batch:
-        def __init__(self, number: int):
-            self.number = number
-
-        def copy_(self, other) -> None:
-            self.number = other.number
-
-    @contextlib.contextmanager
-    def capture(graph, stream):
-        calls.append("capture")
-        yield
-
-    def update(batch):
-        calls.append("update")
-        return batch
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    graph = ne.CudaGraph(update)
-    numbers = [graph(Batch(number)).number for number in range(6)]
-    assert calls == ["update"] * 3 + ["capture", "update", "replay", "replay", "replay"]
-    assert numbers == [0, 1, 2, 3, 4, 5]  # in the captured batch's own tensors from 3 on
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,6 +1,5 @@
 """Continual learning: padding, action masks, growth, schedule, metrics."""
 
-import csv
 import functools
 import math
 
@@ -12,7 +11,7 @@ import torch
 import fake_task
 import ne_td3_continual as ne
 from baselines import td3_continual as td3
-from helpers import assert_updates_read_no_values, equal, train
+from helpers import assert_updates_read_no_values, train
 
 CPU = torch.device("cpu")
 SCRIPTS = pytest.mark.parametrize("script", [ne, td3], ids=["ne", "td3"])
@@ -169,41 +168,6 @@ def test_updates_read_no_values_and_stay_on_their_device(script):
     assert_updates_read_no_values(agent, batch, reads="action_mask")
 
 
-# --- growth -------------------------------------------------------------------
-def padded_masks(agent: ne.Agent) -> list[torch.Tensor]:
-    """Masks of what the small task does not use: inputs, and outputs of the actor."""
-    masks = [agent.actor.layers[0].mask[:, 2:], agent.actor.layers[-1].mask[1:]]
-    for critic in (agent.critic_1, agent.critic_2):
-        masks.append(critic.layers[0].mask[:, [2, 3, 4, 6, 7]])
-    return [mask.clone() for mask in masks]
-
-
-def topology_round(agent: ne.Agent, batch: ne.Batch, update: int) -> None:
-    ne.topology_round(agent, batch, step=100)
-
-
-def test_growth_gives_no_padded_input_a_connection_before_its_task_comes():
-    agent, buffer = make_agent(ne, prune=False, grow_rate=0.3)
-    both_tasks = buffer.data.clone()
-    buffer.data[1::2] = buffer.data[::2]  # the small task only
-    before = padded_masks(agent)
-    train(agent, buffer, 120, topology_round, rounds=30)
-    assert equal(padded_masks(agent), before)
-    # hardly any connection is left that could learn, hence there was much to choose from
-    batch = buffer.sample(64)
-    for name, network in agent.networks.items():
-        gradient_of = gradients(agent, name, batch)
-        for layer in network.layers:
-            candidates = (layer.mask == 0) & (gradient_of[layer.weight] != 0)
-            assert candidates.float().mean() < 0.05
-    # the plan counts what can learn nothing, too
-    assert agent.actor.counts["grown"] < agent.actor.counts["planned"]
-    buffer.data.copy_(both_tasks)
-    train(agent, buffer, 120, topology_round, rounds=30)
-    for was, mask in zip(before, padded_masks(agent), strict=True):
-        assert mask.sum() > was.sum()
-
-
 # --- schedule -----------------------------------------------------------------
 @pytest.mark.parametrize(
     ("changes", "lengths"),
@@ -239,16 +203,11 @@ def test_the_schedule_covers_the_whole_sequence_and_plans_each_task_s_density():
         "topology: 25% -> 95% in 94 rounds, less what is pruned",
         f"density at the start of each task: {', '.join(starts)}",
     ]
-    args.episodes_per_task = 50
-    assert "less what is pruned, if no episode ends early\n" in ne.growth_plan(args)
-    args.ne_actor = args.ne_critic = False
-    assert "topology: 100% -> 100%" in ne.growth_plan(args)
 
 
 # --- metrics ------------------------------------------------------------------
 # return on A and on B: untrained, after A, after B, after A, after B
 BY_HAND = [[-5.0, 10.0], [50.0, 14.0], [20.0, 80.0], [60.0, 30.0], [45.0, 90.0]]
-THREE = [[20.0, 1.0, 2.0], [9.0, 4.0, 3.0], [7.0, 8.0, 12.0], [5.0, 9.0, 30.0]]
 
 
 def results(matrix: list[list[float]], tasks: list[str]) -> list[dict]:
@@ -276,29 +235,3 @@ def test_metrics_by_hand():
         # 14 after the first A, 10 untrained
         "forward transfer": {"B": 4, "mean": 4},
     }
-    assert ne.continual_metrics(results(THREE, ["A", "B", "C"])) == {
-        "average performance": {"A": 5, "B": 9, "C": 30, "mean": pytest.approx(44 / 3)},
-        "forgetting": {"A": 4, "B": -1, "mean": 1.5},
-        "forward transfer": {"B": 3, "C": 10, "mean": 6.5},
-    }
-
-
-def test_metrics_of_a_single_task():
-    table = ne.continual_metrics(results([[1.0], [2.0]], ["A"]))
-    assert table["average performance"] == {"A": 2, "mean": 2}
-    for name in ("forgetting", "forward transfer"):
-        assert list(table[name]) == ["mean"] and math.isnan(table[name]["mean"])
-
-
-def test_long_task_names_do_not_run_together_in_the_table(tmp_path, capsys):
-    tasks = ["InvertedDoublePendulum-v5", "some.module:MuchLongerThanAnyOther-v0"]
-    rows = results(BY_HAND, tasks)
-    with open(tmp_path / "results.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0].keys())
-        table.writeheader()
-        table.writerows(rows)
-    ne.print_metrics(tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == [*tasks, "mean"]
-    assert len({len(line) for line in lines}) == 1
-    assert lines[1].split() == ["average", "performance", "45.0", "90.0", "67.5"]

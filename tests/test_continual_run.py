@@ -1,9 +1,6 @@
 """The continual scripts as users run them: end to end, interrupted, given bad input."""
 
 import contextlib
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,6 @@ from baselines import td3_continual as td3
 from helpers import (
     REFUSED_NE,
     REFUSED_TD3,
-    ROOT,
     assert_equal,
     assert_equal_runs,
     assert_limits,
@@ -93,10 +89,7 @@ def test_the_topology_grows_over_the_whole_sequence(whole):
         density = [float(row[f"ne/{name}/density"]) for row in results]
         assert density[0] == pytest.approx(0.25, abs=0.02)
         assert density[-1] > 1.5 * density[0]
-        grown = [int(row[f"ne/{name}/grown"]) for row in results]
-        assert grown == sorted(grown) and grown[0] == 0 < grown[-1]
         assert [row[f"ne/{name}/active_ratio"] for row in results[:2]] == ["nan", "nan"]
-        assert all(0 < float(row[f"ne/{name}/active_ratio"]) <= 1 for row in results[2:])
 
 
 def test_tensorboard_has_a_return_for_every_task(whole):
@@ -106,15 +99,11 @@ def test_tensorboard_has_a_return_for_every_task(whole):
     logged = [event.value for event in scalars(whole, "task/id")]
     assert logged == [0, 0, 0, 1, 1, 0, 0, 1, 1, 1]
     assert [event.step for event in scalars(whole, "ne/actor/density")] == EVALUATED
-    args = json.loads((whole / "args.json").read_text())
-    assert args["tasks"] == [*NAMES] and args["growth_end"] == 1280
 
 
 def test_it_says_what_will_happen_and_what_came_out(whole):
     out = (whole / "stdout").read_text()
     assert "topology: 25% -> 98% in 11 rounds, less what is pruned\n" in out
-    assert "density at the start of each task: 25%, " in out
-    assert out.count("step 320: ") == 2
     lines = {line[:20].strip(): line[20:].split() for line in out.splitlines()[-4:]}
     assert lines.pop("") == [*NAMES, "mean"]
     metrics = ne.continual_metrics(rows(whole))
@@ -125,12 +114,11 @@ def test_it_says_what_will_happen_and_what_came_out(whole):
 
 
 # --- equal to the other scripts -----------------------------------------------
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_without_ne_it_is_td3_bit_for_bit(tmp_path, layer_norm):
-    more = (" --layer-norm", " --method layer-norm") if layer_norm else ("", "")
-    flags = STEPS + "--replay-ratio 2 --initial-density 1 --review-floor 1"
-    dense = run(ne, flags + more[0], tmp_path / "dense")
-    plain = run(td3, STEPS + "--replay-ratio 2" + more[1], tmp_path / "plain")
+def test_without_ne_it_is_td3_bit_for_bit(tmp_path):
+    flags = STEPS + "--replay-ratio 2"
+    without_ne = "--initial-density 1 --review-floor 1 --layer-norm"
+    dense = run(ne, f"{flags} {without_ne}", tmp_path / "dense")
+    plain = run(td3, f"{flags} --method layer-norm", tmp_path / "plain")
     one = load(dense)["parts"]
     two = load(plain)["parts"]
     compared = 0
@@ -138,12 +126,9 @@ def test_without_ne_it_is_td3_bit_for_bit(tmp_path, layer_norm):
         if torch.is_tensor(value):
             assert torch.equal(one["agent"][key], value), key
             compared += 1
-    layers = 5 if layer_norm else 3  # each with a weight and a bias, in six MLPs
-    assert compared == 6 * 2 * layers
-    assert_equal(
-        [one[k] for k in ("optimizers", "noise_rng")], [two["optimizers"], two["noise_rng"]]
-    )
-    assert one["env_rngs"] == two["env_rngs"] and len(one["env_rngs"]) == 2
+    assert compared == 6 * 2 * 5  # five layers, each with a weight and a bias, in six MLPs
+    for name in ("optimizers", "noise_rng", "env_rngs"):
+        assert_equal(one[name], two[name])
     assert one["progress"]["updates"] == two["progress"]["updates"] == 2 * (1280 - 100)
     assert (dense / "results.csv").read_bytes() == (plain / "results.csv").read_bytes()
 
@@ -194,14 +179,6 @@ def assert_each_task_has_its_own_columns(data: torch.Tensor) -> None:
     # within an episode, but not across the switch
     assert torch.equal(pendulum[:199, 12:22], pendulum[1:200, :10])
     assert not torch.equal(pendulum[319, 12:22], reacher[0, :10])
-
-
-def test_a_signal_before_a_switch_saves_there_and_resumes_exactly(whole, tmp_path):
-    folder = run(ne, STEPS + NE, tmp_path / "run", {625: "SIGTERM"})
-    assert load(folder)["step"] == 640 and len(rows(folder)) == 10
-    assert f"stopped at step 640: python {ne.__file__} --resume" in (folder / "stdout").read_text()
-    assert run_here(f"--resume {folder}", ne) == 0
-    assert_equal_runs(whole, folder)
 
 
 def test_a_run_with_reset_resumes_exactly(tmp_path, monkeypatch):
@@ -272,14 +249,11 @@ def test_what_is_not_finite_ends_the_run_and_is_not_kept(tmp_path, capsys, scrip
 REFUSED = [
     ("--tasks HalfCheeta-v5", "cannot make HalfCheeta-v5"),
     ("--tasks Pendulum-v1 CartPole-v1", "CartPole-v1 must have Boxes of floats"),
-    ("--tasks", "--tasks must be one task or more"),
     ("--tasks Pendulum-v1 Pendulum-v1", "each once, got Pendulum-v1 Pendulum-v1"),
     ("--cycles 0", "--cycles must be in [1, 1,000,000,000], got 0"),
 ]
-CASES = []
-for case in REFUSED + REFUSED_TD3[-3:]:
-    CASES += [(ne, *case), (td3, *case)]
-CASES.append((ne, *REFUSED_NE[1]))
+CASES = [(ne, *case) for case in [*REFUSED, REFUSED_NE[0]]]
+CASES += [(td3, *case) for case in [REFUSED[0], REFUSED_TD3[-3]]]
 
 
 @pytest.mark.parametrize(("script", "flags", "words"), CASES)
@@ -303,13 +277,3 @@ def test_resume_refuses_another_run_s_flags_and_another_script(whole, capsys):
     ):
         refused(capsys, f"--resume {whole} {flags}", words, module=ne)
     refused(capsys, f"--resume {whole}", "it is of ne_td3_continual", module=td3, code=1)
-
-
-@pytest.mark.parametrize("words", [["ne_td3_continual.py"], ["-m", "baselines.td3_continual"]])
-def test_scripts_run_from_the_root_and_name_the_flags_of_a_sequence(words):
-    command = [sys.executable, *words, "--help"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0
-    for flag in ("--tasks", "--cycles", "--steps-per-task", "--episodes-per-task"):
-        assert flag in process.stdout
-    assert "--total-timesteps" not in process.stdout

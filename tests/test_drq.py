@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,18 +129,6 @@ def test_stacks_and_windows_are_those_of_a_brute_force_oracle(n_step, frame_stac
             assert {oracle.assert_window(review, row) for row in range(200)} == set(oldest)
 
 
-def test_what_ne_draws_does_not_shift_the_batches():
-    _, buffer = make_agent()
-    first = buffer.sample(16)
-    state = buffer.rng.get_state()
-    buffer.sample(16, rng=torch.Generator().manual_seed(5))
-    assert torch.equal(buffer.rng.get_state(), state)
-    second = buffer.sample(16)
-    for name in ("pixels", "actions", "rewards", "noise", "shifts"):
-        assert not torch.equal(getattr(first, name), getattr(second, name))
-    assert second.shifts.unique().tolist() == list(range(9))
-
-
 @pytest.mark.parametrize("frames", [40, 60, 95])
 def test_the_buffer_restores(frames):
     args = make_args(frame_size=15)
@@ -159,20 +148,6 @@ def test_the_buffer_restores(frames):
     assert_equal([*oracle.buffer.sample(16)], [*other.sample(16)])
     with pytest.raises(ValueError, match="was on cuda"):
         other.load_state_dict(state | {"device": "cuda"})
-
-
-def test_the_frames_are_in_memory_from_the_start(capsys):
-    """So that too little of it shows at once."""
-    before = resident()
-    buffer = ne.ReplayBuffer(make_args(buffer_size=100_000), 2, 0, CPU)
-    assert resident() - before > 0.95 * buffer.frames.nbytes
-    assert "replay buffer: 0.16 GiB on cpu" in capsys.readouterr().out
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    with open("/proc/self/statm") as file:
-        return 4096 * int(file.read().split()[1])
 
 
 # --- augmentation -------------------------------------------------------------
@@ -223,6 +198,18 @@ def test_actions_are_rescaled_and_repeated_and_rewards_summed(monkeypatch):
     assert (env.episodic_return, env.episodic_length) == (0.0, 0)
 
 
+def test_actions_stay_within_the_bounds_to_the_last_bit(monkeypatch):
+    class Narrow(FakeTask):  # rescaling passes 0.2 by the last bit
+        def action_spec(self):
+            bounds = {"minimum": np.full(2, -0.1), "maximum": np.full(2, 0.2)}
+            return SimpleNamespace(shape=(2,), **bounds)
+
+    env = fake_env(monkeypatch, Narrow)
+    env.reset()
+    env.step(np.ones(2, dtype=np.float32))
+    assert env.task.actions[0].max() <= 0.2
+
+
 def test_observations_are_stacks_with_the_newest_frame_last(monkeypatch):
     env = fake_env(monkeypatch, frame_stack=3, action_repeat=1)
     obs = env.reset()
@@ -237,16 +224,8 @@ def test_observations_are_stacks_with_the_newest_frame_last(monkeypatch):
         assert type(reward) is float
 
 
-@pytest.mark.parametrize(("env_id", "camera"), [("quadruped_walk", 2), ("walker_walk", 0)])
-def test_the_same_seed_is_the_same_start(monkeypatch, env_id, camera):
-    """Seen by another camera, if it is the quadruped's."""
-
-    class Seen(FakeTask):
-        def render(self, height, width, camera_id):
-            assert camera_id == camera
-            return super().render(height, width, 0)
-
-    env = fake_env(monkeypatch, Seen, env_id=env_id)
+def test_the_same_seed_is_the_same_start(monkeypatch):
+    env = fake_env(monkeypatch)
     starts = [env.reset(seed=4), env.reset(), env.reset(seed=4)]
     assert np.array_equal(starts[0], starts[2])
     assert not np.array_equal(starts[0], starts[1])
@@ -485,20 +464,6 @@ def test_a_network_without_ne_is_dense_from_the_start(actor, critic):
         assert density < 0.5 and grown > 0 if on else density == 1 and grown == 0
 
 
-@pytest.mark.parametrize("how", ["prune", "redo"])
-def test_a_neuron_that_starts_anew_does_so_with_its_layer_norm(how):
-    """One that its LayerNorm silences would stay dead."""
-    agent, buffer = make_agent(layer_norm=True, critic_grow_rate=0.9, prune_ratio=0.9)
-    silence_some(agent)
-    if how == "redo":
-        ne.redo(agent, buffer.sample(16))
-    else:
-        topology_round(agent, buffer, step=2)
-    norms = [norm for head in agent.critic.heads for norm in head.norms]
-    woken = sum(int((norm.bias[::3] == 0).sum()) for norm in norms)
-    assert woken == 4 * 11 if how == "redo" else woken > 5
-
-
 # --- schedules ----------------------------------------------------------------
 def scaled(**changes) -> ne.Args:
     args = ne.Args(**changes)
@@ -524,24 +489,6 @@ def test_what_is_not_given_scales_with_task_and_run():
     assert (other.total_timesteps, other.stddev_duration) == (3_100_000, 500_000)
 
 
-@pytest.mark.parametrize(
-    ("changes", "actor", "critic"),
-    [({}, "25% -> 75%", "25% -> 95%"), ({"growth": "none"}, "25% -> 25%", "25% -> 25%")]
-    + [({"ne_actor": False, "initial_density": 0.8}, "100% -> 100%", "80% -> 95%")],
-)
-def test_the_plan_is_one_right_line(changes, actor, critic):
-    plan = f"topology: actor {actor}, critic {critic} in 99 rounds, less what is pruned"
-    assert ne.growth_plan(scaled(**changes)) == plan
-
-
-@pytest.mark.parametrize("repeat", [1, 3, 8])
-def test_rounds_are_at_whole_agent_steps(repeat):
-    args = make_args(total_timesteps=2_400, action_repeat=repeat)
-    rounds = ne.growth_rounds(args)
-    assert len(rounds) > 80
-    assert set(rounds) <= set(range(repeat, 2_401, repeat))
-
-
 # --- combinations -------------------------------------------------------------
 def test_reset_is_for_the_heads_only():
     agent, buffer = make_agent()
@@ -551,10 +498,9 @@ def test_reset_is_for_the_heads_only():
     before = copy.deepcopy(agent.state_dict())
     ne.reset(agent)
     for key, value in agent.state_dict().items():
-        if key.endswith("weight"):
-            assert torch.equal(value, before[key]) == ("heads" not in key), key
-        if key.endswith("mask"):
-            assert torch.equal(value, before[key]), key
+        if key.endswith(("weight", "mask")):
+            kept = "heads" not in key or key.endswith("mask")
+            assert torch.equal(value, before[key]) == kept, key
     assert equal(values(agent.critic.heads), values(agent.target_critic.heads))
     for module in (agent.actor, agent.critic):
         for state in adam_of(agent, module.heads):

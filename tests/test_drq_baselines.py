@@ -11,7 +11,6 @@ import ne_drq_dmc as ne
 import pixels
 import utils_topology as topology
 from helpers import (
-    assert_equal,
     assert_moments_forgotten,
     equal,
     fill_moments,
@@ -37,29 +36,6 @@ def assert_orthogonal(weight: torch.Tensor) -> None:
 
 
 # --- none and layer-norm ------------------------------------------------------
-@pytest.mark.parametrize("layer_norm", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_it_is_the_ne_script_without_ne_bit_for_bit(layer_norm, bf16):
-    """Weights, targets, Adam's state and losses."""
-    ours, our_buffer = make_agent(method="layer-norm" if layer_norm else "none", bf16=bf16)
-    without_ne = {"initial_density": 1.0, "review_floor": 1.0, "layer_norm": layer_norm}
-    theirs, their_buffer = pixels.make_agent(ne, **without_ne, bf16=bf16)
-    for update in range(12):
-        batch = our_buffer.sample(16)
-        same = their_buffer.sample(16)
-        assert equal([*batch], [*same])
-        for agent in (ours, theirs):
-            agent.stddev.fill_(1 - 0.05 * update)
-        assert_equal(ours.update(batch), theirs.update(same))
-    for part in ("encoder", "actor", "critic", "target_critic"):
-        assert equal(values(getattr(ours, part)), values(getattr(theirs, part)))
-    for part in ("encoder", "actor", "critic"):
-        ours_of_it = adam_of(ours, getattr(ours, part))
-        assert_equal(ours_of_it, adam_of(theirs, getattr(theirs, part)))
-        assert len(ours_of_it) >= 8
-    assert_equal(ours.hidden(batch), theirs.hidden(same))
-    norms = [m for m in ours.actor.heads.modules() if isinstance(m, nn.LayerNorm)]
-    assert len(norms) == 2 * layer_norm
 
 
 # --- redo ---------------------------------------------------------------------
@@ -202,20 +178,3 @@ def test_updates_can_be_captured(method, monkeypatch):
 
     assert_captures(agent, buffer, between)
     assert_reads_no_values(monkeypatch, drq, method=method)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_graphs_agree_with_eager_before_and_after_an_injection():
-    torch.cuda.set_stream(torch.cuda.Stream())
-    agents = []
-    for cudagraphs in (False, True):
-        agent, buffer = pixels.make_agent(drq, "cuda", method="injection", cudagraphs=cudagraphs)
-        for number in range(1, 31):
-            if number in (1, 15):
-                update = ne.fast_update(agent.args, agent, buffer)
-            update(buffer.sample(16))
-            if number == 14:
-                drq.inject(agent)
-        agents.append(agent)
-    for one, two in zip(values(agents[0]), values(agents[1]), strict=True):
-        assert torch.allclose(one, two, atol=1e-4)

@@ -12,11 +12,8 @@ import ne_drq_dmc as ne
 from helpers import (
     assert_equal,
     assert_equal_runs,
-    assert_one_line,
     assert_rows_have_all_episodes,
     count_calls,
-    finish,
-    launch,
     load,
     refused,
     rows,
@@ -38,8 +35,9 @@ RUNS = {  # script and its flags, calls of what is counted
     "sparse trunk": (ne, "--sparse-trunk --review-rule level --grow-interval 50", None),
     "replay ratio": (ne, "--replay-ratio 3 --layer-norm --grow-interval 50", None),
     "DrQ": (ne, "--initial-density 1 --review-floor 1", None),
+    "DrQ layer-norm": (ne, "--initial-density 1 --review-floor 1 --layer-norm --bf16", None),
     "none": (drq, "", {}),
-    "layer-norm": (drq, "--method layer-norm", {}),
+    "layer-norm": (drq, "--method layer-norm --bf16", {}),
     # at 100, 200, 300; 400 is the last
     "reset": (drq, "--method reset --reset-interval 100", {"reset": 3}),
     "redo": (drq, "--method redo --redo-interval 30", {"redo": 2}),  # at 180, 300
@@ -48,6 +46,9 @@ RUNS = {  # script and its flags, calls of what is counted
     "early injection": (drq, "--method injection --injection-step 240", {"inject": 1}),
     "injection by default": (drq, "--method injection", {"inject": 1}),  # at 200
 }
+
+
+PLAIN = ("DrQ", "DrQ layer-norm", "none", "layer-norm")
 
 
 @pytest.fixture(autouse=True)
@@ -97,20 +98,10 @@ def test_a_run_leaves_rows_and_a_checkpoint(whole):
     assert load(whole("replay ratio"))["parts"]["progress"]["updates"] == 255
 
 
-def test_losses_are_those_of_uniform_batches(tmp_path, monkeypatch):
-    """From the first count on, at frame 100, all batches are reviews here."""
-    flags = f"{SMALL} --review-rule level --review-interval 10 --no-prune --run-dir {tmp_path}/run"
-    monkeypatch.setattr(ne.topology, "dormant_neurons", lambda hidden, tau: range(64))  # of 64
-    assert run_here(flags, ne) == 0
-    results = rows(tmp_path / "run")
-    assert len({row["losses/qf_loss"] for row in results}) == 1
-    assert results[-1]["ne/review_epsilon"] == "0.0"
-    assert float(results[-1]["ne/review_share"]) == pytest.approx(75 / 85)
-
-
-def test_without_a_method_it_is_the_ne_script_without_ne(whole):
+@pytest.mark.parametrize(("ours", "theirs"), [("none", "DrQ"), ("layer-norm", "DrQ layer-norm")])
+def test_without_a_method_it_is_the_ne_script_without_ne(whole, ours, theirs):
     """Every number of results.csv, all weights and Adam's whole state."""
-    one, two = load(whole("none")), load(whole("DrQ"))
+    one, two = load(whole(ours)), load(whole(theirs))
     assert one["results"] == two["results"]
     weights = []
     for content in (one, two):
@@ -124,30 +115,19 @@ def test_without_a_method_it_is_the_ne_script_without_ne(whole):
 
 def test_before_an_injection_the_run_is_drq_v2(whole):
     """The rows before it are the same bytes, those after it are not."""
-    names = ("none", "injection", "injection by default")
-    none, injection, by_default = (
-        (whole(name) / "results.csv").read_text().splitlines() for name in names
-    )
+    none, injection = [
+        (whole(name) / "results.csv").read_text().splitlines() for name in ("none", "injection")
+    ]
     assert none[:3] == injection[:3]  # header, 100, 200
     assert none[3] != injection[3]
-    # at its very step: returns and losses are the same, dormant neurons are not
-    assert by_default[2].split(",")[:6] == none[2].split(",")[:6]
-    assert by_default[2] != none[2]
-
-
-@pytest.mark.parametrize("method", ["layer-norm", "reset", "redo"])
-def test_a_method_changes_the_run(whole, method):
-    assert rows(whole(method))[-1] != rows(whole("none"))[-1]
-    assert_rows_have_all_episodes(whole(method))
 
 
 # --- interrupted --------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "number", "code"),
     [
-        *[(name, "SIGKILL", -9) for name in RUNS if name not in ("DrQ", "none", "layer-norm")],
+        *[(name, "SIGKILL", -9) for name in RUNS if name not in PLAIN],
         ("NE", "SIGTERM", 0),
-        ("redo", "SIGINT", 130),
     ],
 )
 def test_an_interrupted_run_resumes_exactly(whole, tmp_path, capsys, name, number, code):
@@ -196,25 +176,18 @@ def test_an_action_that_is_none_stops_the_run(tmp_path, monkeypatch, capsys, scr
 # --- refused ------------------------------------------------------------------
 REFUSED = [
     ("--total-timesteps 401", "--total-timesteps must be a multiple of --action-repeat, got 401"),
-    ("--eval-frequency 401", "--eval-frequency must be a multiple of --action-repeat, got 401"),
     ("--learning-starts 5", "--learning-starts must be at least 6, got 5"),
     ("--batch-size 500 --buffer-size 400", "--batch-size must be at most 400, got 500"),
     ("--stddev 1.0 -0.1", "--stddev must be in [0, 1], got -0.1"),
-    ("--replay-ratio 0", "--replay-ratio must be in [1, "),
 ]
 REFUSED_NE = [
     ("--grow-interval 25", "--grow-interval must be a multiple of --action-repeat"),
-    ("--reset-interval 25", "--reset-interval must be a multiple of --action-repeat"),
     ("--actor-final-density 0.2", "must be below 1 and at least --initial-density (0.25), got 0.2"),
-    ("--critic-final-density 1", "must be below 1 and at least --initial-density (0.25), got 1.0"),
 ]
 REFUSED_RIVALS = [
     ("--reset-interval 101 --method reset", "a multiple of --action-repeat, got 101"),
     ("--injection-step 101 --method injection", "a multiple of --action-repeat, got 101"),
-    ("--redo-interval 0 --method redo", "--redo-interval must be in [1, "),
     ("--redo-tau 0.2", "--redo-tau needs --method redo, got --method none"),
-    ("--reset-interval 5000 --method redo", "needs --method reset, got --method redo"),
-    ("--injection-step 5000 --method reset", "needs --method injection, got --method reset"),
 ]
 ALL_REFUSED = [(ne, *case) for case in REFUSED + REFUSED_NE]
 ALL_REFUSED += [(drq, *case) for case in REFUSED + REFUSED_RIVALS]
@@ -241,42 +214,26 @@ class Broken:
             raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
 
 
-@pytest.mark.parametrize("backend", ["egl", "osmesa"])
-def test_a_missing_gl_library_is_one_line_that_names_the_package(monkeypatch, capsys, backend):
+def test_a_missing_gl_library_is_one_line_that_names_the_package(monkeypatch, capsys):
     monkeypatch.undo()
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     for name in list(sys.modules):
         if name.startswith("dm_control"):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setenv("MUJOCO_GL", backend)
+    monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setattr(sys, "unraisablehook", None)
-    words = (f"cannot render with MUJOCO_GL={backend}", "eglQueryString", "libegl1", "libosmesa6")
+    words = ("cannot render with MUJOCO_GL=egl", "eglQueryString", "libegl1", "libosmesa6")
     refused(capsys, SIZES, *words, module=ne)
-
-
-def test_a_renderer_that_is_half_made():
-    """It fails once more, with a traceback, when it is deleted."""
-    environment = {"MUJOCO_GL": "glfw", "DISPLAY": ""}
-    code, _, err = finish(launch(SIZES, script=ne.__file__, env=environment))
-    assert code == 2
-    assert_one_line(err, "cannot render with MUJOCO_GL=glfw")
 
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("walker_wlk", "walker_walk"), ("cup_catch", "ball_in_cup_catch"), ("lqr_lqr_2_1", "lqr")],
+    [("walker_wlk", "walker_walk"), ("cup_catch", "ball_in_cup_catch")],
 )
 def test_a_wrong_task_name_lists_near_ones(monkeypatch, capsys, name, near):
     monkeypatch.undo()
     words = (f"--env-id must be a task of dm_control's suite, got {name}", near)
     refused(capsys, f"{SIZES} --env-id {name}", *words, module=ne)
-
-
-def test_missing_packages_are_named_with_what_to_install(monkeypatch, capsys):
-    monkeypatch.undo()
-    monkeypatch.setattr(sys, "unraisablehook", None)
-    monkeypatch.setitem(sys.modules, "dm_control", None)  # as if it were not installed
-    refused(capsys, SIZES, "pip install -r requirements-pixels.txt", module=ne)
 
 
 def test_the_real_walker_is_rendered_and_a_killed_run_resumes_exactly(tmp_path, monkeypatch):
@@ -305,14 +262,3 @@ def test_the_real_walker_is_rendered_and_a_killed_run_resumes_exactly(tmp_path, 
     assert len(frames.unique(dim=0)) > 9
     assert run_here(f"--resume {killed}", ne) == 0
     assert_equal_runs(reference, killed)
-
-
-def test_the_baseline_renders_the_real_walker(tmp_path):
-    """In a process of its own, with python -m."""
-    flags = f"{SIZES} --total-timesteps 24 --learning-starts 12 --eval-episodes 1 "
-    flags += f"--action-repeat 12 --n-step 1 --run-dir {tmp_path / 'run'} --eval-frequency 24"
-    code, out, err = finish(launch(flags, script=Path(drq.__file__)))
-    assert code == 0, err
-    assert "replay buffer: 0.00 GiB on cpu" in out
-    assert "rendering: egl, " in out
-    assert 0 < float(rows(tmp_path / "run")[-1]["eval/return_mean"]) < 1_000

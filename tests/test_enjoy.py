@@ -3,7 +3,6 @@
 import ctypes.util
 import importlib
 import os
-import subprocess
 import sys
 
 import gymnasium as gym
@@ -15,7 +14,7 @@ import torch
 import enjoy
 import fake_task
 import ne_drq_dmc
-from helpers import ROOT, assert_one_line, rows, run_here
+from helpers import ROOT, assert_one_line, call, rows, run_here
 
 TASK = "InvertedPendulum-v5"  # 4 observations, 1 action, 25 pictures a second, MuJoCo
 RUN = (
@@ -23,7 +22,6 @@ RUN = (
     "--eval-frequency 150 --eval-episodes 2 --grow-interval 20 --no-cuda "
 )
 PLAIN = "fake_task:Plain-v0"  # 2 observations, 2 actions
-PICTURES = "test_enjoy:Pictures-v0"  # 2 observations, 1 action
 HIDDEN = {"actor_hidden": (16, 8), "critic_hidden": (16, 8)}
 PIXELS = {"frame_size": 24, "channels": 4, "hidden_dim": 32, "env_id": "walker_walk"}
 # script: sizes of the agent, arguments
@@ -35,22 +33,6 @@ SCRIPTS = {
     "baselines.td3_continual": ((3, 2), HIDDEN | {"tasks": (PLAIN, "Pendulum-v1")}),
     "baselines.drq_dmc": ((2,), PIXELS),
 }
-
-
-class Pictures(fake_task.Plain):
-    """100 steps a second, pictures with odd sides that become lighter."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 100}
-
-    def __init__(self, render_mode=None):
-        super().__init__(act=gym.spaces.Box(-1, 1, (1,), np.float32))
-        self.render_mode = render_mode
-
-    def render(self):
-        return np.full((31, 21, 3), 10 * self.steps, dtype=np.uint8)
-
-
-gym.register("Pictures-v0", Pictures)
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +48,6 @@ def without_pictures_before_and_after(monkeypatch):
     monkeypatch.setattr(gym, "make", gym.make)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(ne_drq_dmc, "load_task", fake_task.load_task)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs enjoy.py here: (exit code, stdout, stderr)."""
-
-    def run_command(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["enjoy.py", *map(str, arguments)])
-        code = 0
-        try:
-            enjoy.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run_command
 
 
 def save(folder, script: str, sizes=None, **changes):
@@ -103,17 +69,17 @@ def save(folder, script: str, sizes=None, **changes):
 
 
 # --- what is played -----------------------------------------------------------
-def test_returns_are_those_of_the_last_evaluation(run, tmp_path, command):
+def test_returns_are_those_of_the_last_evaluation(run, tmp_path, capsys):
     """Of a run, its checkpoint, and the small policy that is made of it."""
     small = tmp_path / "new" / "small.pt"
-    code, out, err = command(run, "--export", small)
+    code, out, err = call(capsys, enjoy, run, "--export", small)
     assert code == 0, err
     assert out.startswith(f"{small}: {small.stat().st_size / 1000:,.0f} kB; ne_td3_continuous")
     row = rows(run)[-1]
     mean = float(row["eval/return_mean"])
     spread = f"{mean:,.1f} +- {float(row['eval/return_std']):,.1f}"
     for path in (run, run / "checkpoint.pt", small):
-        code, out, err = command(path, "--seed", 1, "--episodes", 2)
+        code, out, err = call(capsys, enjoy, path, "--seed", 1, "--episodes", 2)
         assert code == 0, err
         first, *episodes, last = out.splitlines()
         assert first == f"ne_td3_continuous, seed 1, step 300; last evaluation: {TASK} {spread}"
@@ -127,12 +93,12 @@ def test_returns_are_those_of_the_last_evaluation(run, tmp_path, command):
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "injection"])
-def test_plays_the_policy_of_every_script(script, tmp_path, command):
+def test_plays_the_policy_of_every_script(script, tmp_path, capsys):
     changes = {}
     if script == "injection":
         script, changes = "baselines.td3_continuous", {"method": "injection"}
     agent = save(tmp_path, script, **changes)
-    code, _, err = command(tmp_path, "--export", tmp_path / "small.pt")
+    code, _, err = call(capsys, enjoy, tmp_path, "--export", tmp_path / "small.pt")
     assert code == 0, err
     played = []
     for path in (tmp_path, tmp_path / "small.pt"):
@@ -143,7 +109,7 @@ def test_plays_the_policy_of_every_script(script, tmp_path, command):
             assert np.array_equal(player.act(start), expected)
         else:
             assert np.array_equal(player.act(start[0]), agent.actor.act(start[0]))
-        code, out, err = command(path, "--episodes", 2)
+        code, out, err = call(capsys, enjoy, path, "--episodes", 2)
         assert code == 0, err
         played.append(out)
     assert played[0] == played[1]
@@ -155,21 +121,9 @@ def test_plays_the_policy_of_every_script(script, tmp_path, command):
         assert f"{task}, mean of 2: return {(first + second) / 2:,.1f} " in out
 
 
-def test_small_policy_has_what_acts_and_nothing_else(run, tmp_path, command):
-    small = tmp_path / "small.pt"
-    command(run, "--export", small)
-    content = torch.load(small, weights_only=True)
-    assert content["results"] == (run / "results.csv").read_bytes().decode()
-    weights = content["parts"]["agent"]
-    assert {name.split(".")[0] for name in weights} == {"actor"}
-    numbers = sum(value.numel() for value in weights.values())
-    assert numbers == 5 * 256 + 257 * 128 + 129
-    assert small.stat().st_size < 4 * numbers + len(content["results"]) + 10_000
-
-
-def test_a_task_that_draws_from_numpy_is_repeated(tmp_path, command):
+def test_a_task_that_draws_from_numpy_is_repeated(tmp_path, capsys):
     save(tmp_path, "ne_td3_continuous", env_id="fake_task:GlobalRandom-v0")
-    played = [command(tmp_path, "--seed", seed)[1] for seed in (1, 1, 2)]
+    played = [call(capsys, enjoy, tmp_path, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert played[0] == played[1] != played[2]
 
 
@@ -178,17 +132,6 @@ def test_the_policies_of_this_repository_fit():
         policy = enjoy.read(path)
         enjoy.rebuild(policy, seed=0)
         assert f"last evaluation: {path.stem} " in enjoy.described(policy)
-
-
-def test_needs_no_dm_control_and_no_opengl(run, tmp_path):
-    """As its users start it, in another folder, where importing dm_control fails."""
-    (tmp_path / "dm_control.py").write_text("raise ImportError('no dm_control here')")
-    script = ROOT / "benchmark" / "enjoy.py"
-    command = [sys.executable, str(script), str(run), "--episodes", "1"]
-    env = os.environ | {"PYTHONPATH": str(tmp_path), "MUJOCO_GL": "disable"}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"{TASK}, mean of 1: return" in done.stdout
 
 
 # --- videos -------------------------------------------------------------------
@@ -202,10 +145,10 @@ def frames_of(path) -> tuple[float, list[np.ndarray]]:
     "MUJOCO_GL" not in os.environ and ctypes.util.find_library("EGL") is None,
     reason="no libEGL here",
 )
-def test_video_of_a_state_task(run, tmp_path, command):
+def test_video_of_a_state_task(run, tmp_path, capsys):
     path = tmp_path / "videos" / "a.mp4"
-    _, plain, _ = command(run, "--episodes", 2)
-    code, out, err = command(run, "--episodes", 2, "--video", path)
+    _, plain, _ = call(capsys, enjoy, run, "--episodes", 2)
+    code, out, err = call(capsys, enjoy, run, "--episodes", 2, "--video", path)
     assert code == 0, err
     lines = out.splitlines(keepends=True)
     assert lines.pop(2).startswith(f"{path}: ")
@@ -216,9 +159,9 @@ def test_video_of_a_state_task(run, tmp_path, command):
     assert frames[0].shape == (480, 480, 3) and frames[0].std() > 10
 
 
-def test_video_of_pixels_is_what_the_agent_sees(tmp_path, command):
+def test_video_of_pixels_is_what_the_agent_sees(tmp_path, capsys):
     save(tmp_path, "ne_drq_dmc")
-    code, _, err = command(tmp_path, "--video", tmp_path / "a.mp4", "--episodes", 1)
+    code, _, err = call(capsys, enjoy, tmp_path, "--video", tmp_path / "a.mp4", "--episodes", 1)
     assert code == 0, err
     fps, frames = frames_of(tmp_path / "a.mp4")
     assert fps == 25 and len(frames) == 11  # the first, and 20 steps of 0.02 s, two an action
@@ -226,21 +169,6 @@ def test_video_of_pixels_is_what_the_agent_sees(tmp_path, command):
     first = envs["walker_walk"].reset(seed=100)[-3:].transpose(1, 2, 0).astype(int)
     assert frames[0].shape == (96, 96, 3)
     assert np.abs(frames[0][2::4, 2::4] - first).mean() < 12  # compressed
-
-
-def test_each_task_of_a_sequence_has_a_video(tmp_path, command):
-    """At most 30 pictures a second."""
-    gym.register("MorePictures-v0", Pictures)
-    tasks = (PICTURES, "test_enjoy:MorePictures-v0")
-    save(tmp_path, "ne_td3_continual", (2, 1), tasks=tasks)
-    code, _, err = command(tmp_path, "--video", tmp_path / "a.mp4", "--episodes", 1)
-    assert code == 0, err
-    videos = sorted(tmp_path.glob("*.mp4"))
-    assert [path.name for path in videos] == ["a_MorePictures-v0.mp4", "a_Pictures-v0.mp4"]
-    fps, frames = frames_of(videos[1])
-    assert fps == 25 and len(frames) == 6  # of the steps 0, 4, ... 20
-    assert [frame.mean() for frame in frames] == pytest.approx(range(0, 201, 40), abs=8)
-    assert frames[0].shape in [(30, 20, 3), (32, 22, 3)]
 
 
 # --- bad input ----------------------------------------------------------------
@@ -254,48 +182,34 @@ def refused(result: tuple, *words: str) -> None:
     ("flags", "words"),
     [
         ("--video a.gif", "--video must end in .mp4, got a.gif"),
-        ("--episodes 0", "--episodes must be at least 1, got 0"),
-        ("--seed -1", "--seed must be in [0, "),
         ("--export checkpoint.pt", "--export must not be a checkpoint.pt"),
     ],
 )
-def test_refuses_flags(flags, words, run, command):
-    refused(command(run, *flags.split()), words)
+def test_refuses_flags(flags, words, run, capsys):
+    refused(call(capsys, enjoy, run, *flags.split()), words)
 
 
-def test_refuses_what_is_no_policy(run, tmp_path, command):
-    refused(command(tmp_path), "checkpoint.pt is missing", "No such file")
+def test_refuses_what_is_no_policy(run, tmp_path, capsys):
+    refused(call(capsys, enjoy, tmp_path), "checkpoint.pt is missing", "No such file")
     checkpoint = (run / "checkpoint.pt").read_bytes()
-    middle = len(checkpoint) // 2
-    flipped = bytearray(checkpoint)
-    flipped[middle] ^= 255
     bad = tmp_path / "bad.pt"
-    for content in (b"text", checkpoint[:middle], flipped):
+    for content in (b"text", checkpoint[: len(checkpoint) // 2]):
         bad.write_bytes(content)
-        refused(command(bad), "bad.pt is missing, damaged")
+        refused(call(capsys, enjoy, bad), "bad.pt is missing, damaged")
     content = torch.load(run / "checkpoint.pt", weights_only=True)
-    del content["results"]  # as checkpoints of old
-    for foreign in (content, [1, 2], content | {"script": "sac", "results": ""}):
+    for foreign in ([1, 2], content | {"script": "sac"}):
         torch.save(foreign, bad)
-        refused(command(bad), "bad.pt is missing, damaged, or not of this version")
+        refused(call(capsys, enjoy, bad), "bad.pt is missing, damaged, or not of this version")
 
 
-def test_refuses_weights_that_do_not_fit(tmp_path, command):
+def test_refuses_weights_that_do_not_fit(tmp_path, capsys):
     save(tmp_path, "ne_td3_continuous", env_id="Pendulum-v1")
-    refused(command(tmp_path), "does not fit its task", "size mismatch")
-    save(tmp_path, "ne_td3_continuous")
-    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    del content["parts"]["agent"]["actor.layers.0.bias"]
-    torch.save(content, tmp_path / "checkpoint.pt")
-    refused(command(tmp_path), "the policy lacks actor.layers.0.bias")
+    refused(call(capsys, enjoy, tmp_path), "does not fit its task", "size mismatch")
 
 
-def test_says_what_a_video_lacks(run, tmp_path, command, monkeypatch):
+def test_says_what_a_video_lacks(run, tmp_path, capsys, monkeypatch):
     video = ("--video", tmp_path / "a.mp4")
     monkeypatch.setenv("MUJOCO_GL", "none")
-    refused(command(run, *video), "--video: cannot film", "none", "libegl1 libgl1")
-    save(tmp_path, "ne_td3_continuous")
-    with pytest.warns(UserWarning, match="render_mode"):
-        refused(command(tmp_path, *video), "--video: cannot film", "render_mode")
+    refused(call(capsys, enjoy, run, *video), "--video: cannot film", "none", "libegl1 libgl1")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    refused(command(run, *video), "pip install imageio imageio-ffmpeg")
+    refused(call(capsys, enjoy, run, *video), "pip install imageio imageio-ffmpeg")

@@ -11,7 +11,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmark"))
 
-from estimates import Estimate, aggregate, estimate, holm, interval, iqm, ratio_of_spreads, versus
+from estimates import aggregate, estimate, holm, interval, iqm, ratio_of_spreads, versus
 
 A = np.array([0.0, 0.0, 3.0])
 B = np.array([10.0, 11.0, 12.0, 17.0])
@@ -55,34 +55,12 @@ def test_an_interval_is_that_of_scipy(own, expected):
     assert own.p == pytest.approx(expected.pvalue)
 
 
-def test_the_interval_of_a_difference_of_differences_holds_the_truth_in_95_of_100():
-    rng = np.random.default_rng(1)
-    held = 0
-    for _ in range(1_000):
-        plus = [rng.normal(1, 3, 5), rng.normal(0, 1, 3)]
-        minus = [rng.normal(0, 2, 4), rng.normal(0, 1, 5)]
-        own = estimate(plus, minus)
-        held += own.low < 1 < own.high
-    assert 0.93 < held / 1_000 < 0.98
-
-
 @pytest.mark.parametrize("sample", [[1.0], [2.0, 2.0]])
 def test_no_interval_of_a_single_seed_or_of_equal_ones(sample):
     assert f"{estimate([np.array(sample)]):.1f}" == f"{sample[0]}"
 
 
-def test_format():
-    assert f"{Estimate(0.5, -0.25, 1.25, 0.2):.2f}" == "0.50 [-0.25, 1.25]"
-    assert f"{estimate([A], [A[:0]]):,.0f}" == "–"
-
-
 def test_a_ratio_of_spreads():
-    rng = np.random.default_rng(1)
-    held = []
-    for _ in range(1_000):
-        own = ratio_of_spreads(rng.normal(5, 3, 5), rng.normal(0, 1, 4))
-        held.append(own.low < 3 < own.high)
-    assert 0.93 < np.mean(held) < 0.97
     own = ratio_of_spreads(B, A)
     assert own.value == pytest.approx(B.std(ddof=1) / A.std(ddof=1))
     assert math.isnan(own.p)  # of three seeds

@@ -54,8 +54,3 @@ def test_loss_falls_after_each_change_of_the_target(page):
         assert loss[changed] > 0.1
         assert loss[later] < 0.1 * loss[changed]
     assert page["loss"].item() < 0.02
-
-
-def test_page_is_one_screen(page):
-    assert len(PAGE.read_text().splitlines()) < 90
-    assert max(map(len, page["code"].splitlines())) <= 100

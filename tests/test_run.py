@@ -141,14 +141,6 @@ def test_a_killed_run_resumes_exactly(whole, tmp_path, setup, saved):
     assert [e.step for e in events.Scalars("eval/return_mean")] == EVALUATED
 
 
-@pytest.mark.parametrize("addition", [101, 320, 599])
-def test_killed_at_any_step_it_resumes_exactly(whole, tmp_path, addition):
-    folder = tmp_path / "run"
-    assert run_here(f"{RUN} --run-dir {folder}", due={addition: "SIGKILL"}) == -9
-    assert run_here(f"--resume {folder}") == 0
-    assert_equal_runs(whole, folder)
-
-
 # 50 is before the first row, 300 the last step of an episode, where a checkpoint is due too
 @pytest.mark.parametrize(
     ("name", "addition", "saved", "code"),
@@ -167,11 +159,6 @@ def test_a_signal_ends_the_episode_saves_and_resumes_exactly(
     assert f"stopped at step {saved}: python {SCRIPT} --resume {folder}" in printed.out
     assert run_here(f"--resume {folder}") == 0
     assert_equal_runs(whole, folder)
-
-
-def test_a_signal_in_the_last_episode_ends_the_run(whole, tmp_path):
-    assert run_here(f"{RUN} --run-dir {tmp_path / 'run'}", due={590: "SIGTERM"}) == 0
-    assert_equal_runs(whole, tmp_path / "run")
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
@@ -218,20 +205,13 @@ def test_what_nohup_ignores_is_ignored():
         signal.signal(signal.Signals[name], handler)
 
 
-ALL_PARTS = {
-    "redo and reset": "--redo-interval 30 --reset-interval 300 --layer-norm",
-    "others": "--growth random --review-rule level --replay-ratio 2 --sparse-init uniform",
-}
-
-
-@pytest.mark.parametrize("name", ALL_PARTS)
-def test_combinations_come_when_due_and_resume_exactly(tmp_path, monkeypatch, name):
+def test_redo_and_reset_come_when_due_and_resume_exactly(tmp_path, monkeypatch):
     calls = count_calls(monkeypatch, ne, "redo", "reset")
-    flags = RUN + ALL_PARTS[name]
+    flags = f"{RUN} --redo-interval 30 --reset-interval 300 --layer-norm --replay-ratio 2"
+    flags += " --growth random --review-rule level --sparse-init uniform"
     undisturbed = tmp_path / "whole"
     assert run_here(f"{flags} --run-dir {undisturbed}") == 0
-    if name != "others":
-        assert calls == {"redo": 500 // 30, "reset": 1}  # at 300, not at the last step
+    assert calls == {"redo": 1_000 // 30, "reset": 1}  # at 300, not at the last step
     killed = tmp_path / "killed"
     assert run_here(f"{flags} --run-dir {killed}", due={387: "SIGKILL"}) == -9
     assert run_here(f"--resume {killed}") == 0
@@ -290,15 +270,15 @@ def test_a_second_process_in_a_folder_is_refused(interrupted, capsys):
     assert run_here(f"--resume {interrupted}", due={5: "SIGTERM"}) == 0
 
 
-def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, capsys):
+def test_where_there_are_no_locks_a_run_starts_all_the_same(tmp_path, monkeypatch, capsys):
+    """Some network file systems have none."""
+
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", flock)
     assert run_here(f"{SHORT} --run-dir {tmp_path / 'run'}") == 0
-    err = capsys.readouterr().err
-    assert err.count("\n") == err.count("warning: ") == 1
-    assert "No locks available" in err
+    assert "No locks available" in capsys.readouterr().err
 
 
 # --- disks, memory and numbers ------------------------------------------------
@@ -391,17 +371,10 @@ def test_no_flag_of_numbers_takes_a_bad_one(capsys):
     assert_limits(capsys, ne)
 
 
-@pytest.mark.parametrize(
-    "flags", ["--growth sideways", "--no-such-flag 1", "--seed one", "--batch-size 3.5"]
-)
+@pytest.mark.parametrize("flags", ["--growth sideways", "--no-such-flag 1", "--seed one"])
 def test_what_is_no_flag_or_no_value_of_its_type_is_refused(capsys, flags):
     assert run_here(flags) == 2
     assert "Traceback" not in capsys.readouterr().err
-
-
-def test_help_shows_the_comments(capsys):
-    assert run_here("--help") == 0
-    assert "Delta T in steps" in capsys.readouterr().out
 
 
 def test_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
@@ -410,14 +383,6 @@ def test_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
     flags = f"{SHORT} --compile --run-dir {tmp_path / 'run'}"
     refused(capsys, flags, "--compile needs torch 2.13 and a C++ compiler", "g++", code=1)
     assert run_here(f"{SHORT} --run-dir {tmp_path / 'run'}") == 0  # the folder can be used
-
-
-def test_compile_with_an_older_torch(monkeypatch, capsys):
-    monkeypatch.delattr(torch.compiler, "skip_all_guards_unsafe")
-    with pytest.raises(SystemExit) as stop:
-        ne.compiled(torch.nn.Identity().forward, torch.ones(1))
-    assert stop.value.code == 1
-    assert_one_line(capsys.readouterr().err, "--compile needs torch 2.13", "skip_all_guards_unsafe")
 
 
 # --- wandb --------------------------------------------------------------------
@@ -479,8 +444,6 @@ def test_losses_and_speed_are_logged_every_thousand_steps(tmp_path):
     ("flags", "words"),
     [
         ("--env-id HalfCheetah-v5", "--env-id must be fake_task:Plain-v0 or left out"),
-        ("--critic-hidden 64 64", "--critic-hidden must be (16, 12) or left out"),
-        ("--total-timesteps 9000", "--total-timesteps must be 600"),
         ("--no-prune", "--prune must be True or left out"),
     ],
 )
@@ -537,19 +500,16 @@ class Hostile:
 
 FILES = {
     "empty": b"",
-    "text": b"hello",
     "foreign": {"model": torch.zeros(3)},
-    "list": [1, 2],
     "hostile": Hostile(),
 }
 
 
-@pytest.mark.parametrize("name", ["half", "all but a byte", *FILES])
+@pytest.mark.parametrize("name", ["all but a byte", *FILES])
 def test_what_is_no_whole_checkpoint_is_refused(interrupted, monkeypatch, capsys, name):
     path = interrupted / "checkpoint.pt"
     good = path.read_bytes()
-    cut = {"half": good[: len(good) // 2], "all but a byte": good[:-1]}
-    content = (cut | FILES)[name]
+    content = FILES.get(name, good[:-1])
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
@@ -563,11 +523,8 @@ def test_what_is_no_whole_checkpoint_is_refused(interrupted, monkeypatch, capsys
 CHANGES = {
     "script": (lambda c: c.update(script="ne_drq_dmc"), "it is of ne_drq_dmc", 1),
     "more flags": (lambda c: c["args"].update(scale=2), "other flags", 1),
-    "fewer flags": (lambda c: c["args"].pop("gamma"), "other flags", 1),
     "flag out of range": (lambda c: c["args"].update(gamma=7.0), "--gamma", 2),
     "another task": (lambda c: c["args"].update(env_id="Pendulum-v1"), "does not fit", 1),
-    "other widths": (lambda c: c["args"].update(critic_hidden=(32, 16)), "does not fit", 1),
-    "a smaller buffer": (lambda c: c["args"].update(buffer_size=200), "does not fit", 1),
     "a part is missing": (lambda c: c["parts"].pop("noise_rng"), "does not fit", 1),
     "no weight": (lambda c: c["parts"]["agent"].popitem(), "does not fit", 1),
     "a random state": (lambda c: c["parts"].update(noise_rng="{}"), "does not fit", 1),
@@ -583,12 +540,3 @@ def test_checkpoints_that_do_not_fit_are_refused(interrupted, capsys, name):
     before = (interrupted / "checkpoint.pt").read_bytes()
     refused(capsys, f"--resume {interrupted}", words, code=code)
     assert (interrupted / "checkpoint.pt").read_bytes() == before
-
-
-def test_the_default_task_says_nothing_of_its_own(tmp_path, monkeypatch, capfd):
-    """MuJoCo warns of HalfCheetah's settotalmass, and writes a log file."""
-    monkeypatch.chdir(tmp_path)
-    flags = "--total-timesteps 30 --learning-starts 20 --eval-episodes 1 --env-id HalfCheetah-v5"
-    assert run_here(f"{RUN} {flags} --run-dir {tmp_path / 'run'}") == 0
-    assert capfd.readouterr().err == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]

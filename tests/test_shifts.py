@@ -1,8 +1,6 @@
 """benchmark/shifts.py: its commands, the table and the picture; the tasks of shifted_tasks.py."""
 
-import csv
-import subprocess
-import sys
+import json
 from pathlib import Path
 
 import gymnasium as gym
@@ -12,15 +10,8 @@ import pytest
 import ne_td3_continuous as ne
 import shifted_tasks
 import shifts
-from helpers import ROOT
-
-
-def write_rows(folder: Path, rows: list[dict]) -> None:
-    folder.mkdir(parents=True)
-    with open(folder / "results.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+from helpers import call
+from test_plot import write_rows
 
 
 def sequence(folder: Path, share: float, last_task: int = 10) -> None:
@@ -34,26 +25,18 @@ def sequence(folder: Path, share: float, last_task: int = 10) -> None:
                 own = evaluated == trained and step > 10
                 row["eval/return_mean"] = 1_000 * share if own else -5_000
                 rows.append(row)
-    write_rows(folder, rows)
+    write_rows(folder, rows, list(rows[0]))
 
 
 def fresh_run(folder: Path, value: float, last_step: int = 30) -> None:
     steps = range(10, last_step + 1, 10)
-    write_rows(folder, [{"step": step, "eval/return_mean": value} for step in steps])
+    rows = [{"step": step, "eval/return_mean": value} for step in steps]
+    write_rows(folder, rows, list(rows[0]))
 
 
 def fresh(out: Path) -> None:
     for task in shifts.TASKS:
         fresh_run(out / f"fresh_{shifts.short_name(task)}_seed1", 1_000)
-
-
-def call(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["shifts.py", *map(str, arguments)])
-    shifts.main()
-
-
-def table(monkeypatch, folder: Path) -> None:
-    call(monkeypatch, "table", folder, "--out", folder / "shifts.png")
 
 
 # --- runs ---------------------------------------------------------------------
@@ -74,61 +57,38 @@ def test_the_scripts_accept_the_commands(arm):
 RUN = ("run", "--arms", "td3", "--seeds", 1, "--workers", 1)
 
 
-def test_a_run_that_failed_without_a_checkpoint_is_set_aside_and_made_anew(
+def test_runs_are_made_seed_by_seed_and_another_stretch_is_another_run(
     monkeypatch, tmp_path, capsys
 ):
-    sequence(tmp_path / "td3_seed1", 1.0, last_task=1)
-    (tmp_path / "td3_seed1" / "failed.txt").write_text("exit code 1")
-    tiny = "--flags=--actor-hidden 8 --critic-hidden 8 --batch-size 8 --no-cuda"
-    tiny += " --eval-frequency 200 --eval-episodes 1"
-    flags = [*RUN, "--out", tmp_path, tiny, "--stretch"]
-    command = [sys.executable, "benchmark/shifts.py", *map(str, flags), "20"]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    assert "1 of 1 runs are finished" in made.stderr
-    aside = {file.name for file in (tmp_path / "td3_seed1.stopped1").iterdir()}
-    assert aside == {"results.csv", "failed.txt"}
-    rows = (tmp_path / "td3_seed1" / "results.csv").read_text()
-    assert rows.splitlines()[-1].startswith("200,")
-    # the same command has nothing to do, another stretch is another run
-    for stretch, code, words in ((20, 0, "1 finished"), (30, 2, "holds another run")):
-        with pytest.raises(SystemExit) as stop:
-            call(monkeypatch, *flags, stretch)
-        assert stop.value.code == code and words in capsys.readouterr().err
-        assert (tmp_path / "td3_seed1" / "results.csv").read_text() == rows
-
-
-def test_seeds_are_made_one_after_the_other_by_so_many_workers(monkeypatch, tmp_path):
     made = []
-    monkeypatch.setattr(shifts.run, "make", lambda args, jobs: made.append((args, jobs)))
-    flags = ["--arms", "td3", "fresh", "--seeds", 2, "--workers", 3, "--out", tmp_path]
-    call(monkeypatch, "run", *flags)
-    ((args, jobs),) = made
-    names = [job.name for job in jobs]
-    assert args.cpus == 3
+    monkeypatch.setattr(shifts.run, "make", lambda args, jobs: made.extend(jobs))
+    flags = ["run", "--arms", "td3", "fresh", "--seeds", 2, "--workers", 3, "--out", tmp_path]
+    call(capsys, shifts, *flags)
+    names = [job.name for job in made]
     assert (names[0], names[11], len(set(names))) == ("td3_seed1", "td3_seed2", 22)
+    sequence(tmp_path / "td3_seed1", 1.0, last_task=1)
+    wanted = made[0].wanted | {"steps_per_task": 30}
+    (tmp_path / "td3_seed1" / "args.json").write_text(json.dumps(wanted))
+    with pytest.raises(SystemExit):
+        shifts.run.state_of(made[0])
+    assert "holds another run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--flags=--nonsense"], "nonsense"),
         (["--flags=--seed 7"], "say what run it is: --seed"),
-        (["--workers", 0], "--workers must be in [1, "),
-        (["--seeds", 0], "--seeds must be in [1, "),
         (["--stretch", 9], "--stretch must be in [10, "),
     ],
 )
-def test_refusals(monkeypatch, tmp_path, capsys, flags, words):
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, *RUN, "--out", tmp_path / "runs", *flags)
-    assert stop.value.code == 2
-    assert words in capsys.readouterr().err
+def test_refusals(tmp_path, capsys, flags, words):
+    code, _, err = call(capsys, shifts, *RUN, "--out", tmp_path / "runs", *flags)
+    assert code == 2 and words in err
     assert not (tmp_path / "runs").exists()
 
 
 # --- what came out ------------------------------------------------------------
-def test_table_and_picture(monkeypatch, tmp_path, capsys):
+def test_table_and_picture(tmp_path, capsys):
     fresh(tmp_path)
     for seed, share in ((1, 0.5), (2, 0.7)):
         sequence(tmp_path / f"td3_seed{seed}", share)
@@ -138,8 +98,7 @@ def test_table_and_picture(monkeypatch, tmp_path, capsys):
     fresh_run(tmp_path / f"fresh_{task}_seed2", -9_000, last_step=10)
     sequence(tmp_path / "td3_seed1.stopped1", 5.0)  # set aside by run.py
     fresh_run(tmp_path / f"fresh_{task}_seed1.stopped1", -9_000)
-    table(monkeypatch, tmp_path)
-    out, err = capsys.readouterr()
+    _, out, err = call(capsys, shifts, "table", tmp_path, "--out", tmp_path / "shifts.png")
     assert "left out: ne_seed3 is at step 270 of 300" in err
     assert f"left out: fresh_{task}_seed2 is at step 10 of 30" in err
     rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("| ")}
@@ -148,47 +107,6 @@ def test_table_and_picture(monkeypatch, tmp_path, capsys):
     assert rows["ne"].endswith("| 0.20 [-0.41, 0.81] |")
     assert rows["10"] == "| 10 | CheetahBackwardSticky | 800 | 600 | 1,000 |"
     assert (tmp_path / "shifts.png").stat().st_size > 10_000
-
-
-def test_shares_are_of_the_sum_of_the_mean_fresh_returns(monkeypatch, tmp_path, capsys):
-    fresh(tmp_path)
-    fresh_run(tmp_path / f"fresh_{shifts.short_name(shifts.TASKS[2])}_seed2", 5_000)
-    sequence(tmp_path / "ne_seed1", 0.9)
-    seeds = shifts.fresh_returns(tmp_path, 30)
-    assert [own.tolist() for own in seeds[1:4]] == [[1_000], [1_000, 5_000], [1_000]]
-    table(monkeypatch, tmp_path)  # 4 * 900 of 1,000 + 3,000 + 2 * 1,000
-    assert "| ne | 1 | 0.90 | 0.60 | 0.90 | 0.30 | – |" in capsys.readouterr().out
-
-
-def drop_column(file: Path) -> None:
-    head, first, *others = file.read_text().splitlines()
-    file.write_text("\n".join([head, first.rpartition(",")[0], *others, ""]))
-
-
-def keep_last_evaluations(file: Path) -> None:
-    head, *lines = file.read_text().splitlines()
-    ends = [line for line in lines if int(line.partition(",")[0]) % 30 == 0]
-    file.write_text("\n".join([head, *ends, ""]))
-
-
-@pytest.mark.parametrize(
-    ("name", "damage", "says"),
-    [
-        ("fresh_CheetahHeavy_seed1", Path.unlink, "no finished runs of fresh_CheetahHeavy in"),
-        ("ne_seed1", Path.unlink, "there are no finished runs of ne, td3,"),
-        ("ne_seed1", drop_column, "results.csv is damaged: a row of it is not complete"),
-        ("fresh_CheetahHeavy_seed1", drop_column, "is damaged: a row of it is not complete"),
-        ("ne_seed1", keep_last_evaluations, "ne_seed1 has fewer than two evaluations on"),
-    ],
-)
-def test_what_is_missing_or_damaged_is_refused(monkeypatch, tmp_path, capsys, name, damage, says):
-    fresh(tmp_path)
-    sequence(tmp_path / "ne_seed1", 1.0)
-    damage(tmp_path / name / "results.csv")
-    with pytest.raises(SystemExit) as stop:
-        table(monkeypatch, tmp_path)
-    assert stop.value.code == 2
-    assert says in capsys.readouterr().err
 
 
 # --- the tasks ----------------------------------------------------------------
@@ -218,17 +136,6 @@ def test_shifts_are_ten_tasks_that_differ():
         for other_obs, other_reward in seen:
             assert not np.allclose(obs, other_obs) or reward != other_reward
         seen.append((obs, reward))
-
-
-def test_what_a_shift_changes():
-    obs, reward = one_step(gym.make("HalfCheetah-v5"))
-    backward_obs, backward_reward = one_step(gym.make("shifted_tasks:CheetahBackward-v0"))
-    assert np.array_equal(obs, backward_obs)
-    cost = 0.1 * 6 * 0.8**2
-    assert backward_reward + cost == pytest.approx(-(reward + cost))
-    for name in ("CheetahSlippery", "CheetahHeavy", "CheetahLight", "CheetahSticky"):
-        other_obs, _ = one_step(gym.make(f"shifted_tasks:{name}-v0"))
-        assert not np.allclose(obs, other_obs)
 
 
 def test_shifted_tasks_are_ids_in_the_root():

@@ -1,16 +1,9 @@
 """The benchmark: trainings that take turns, what it counts, and what it refuses."""
 
 import csv
-import io
-import json
-import os
 import sys
 
-import gymnasium as gym
-import pytest
-import torch
-
-from benchmark import paced, speed
+from benchmark import speed
 
 SMALL = speed.Setting(env_id="Pendulum-v1", widths=(16, 16), batch_size=16)
 
@@ -45,82 +38,6 @@ def test_turns_begin_after_the_first_updates():
     assert contender.process.poll() is None  # it waits for its next turn
     contender.close()
     assert contender.process.returncode == 0
-
-
-def test_the_gate_lets_as_many_steps_through_as_it_says(monkeypatch):
-    read, write = os.pipe()
-    monkeypatch.setenv("SPEED_REPORT", str(write))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
-    steps = 0
-    env = gym.make("Pendulum-v1")
-    env.reset(seed=0)
-    gate = paced.Gate(env, 7)
-    with pytest.raises(SystemExit):  # at the third report nobody answers any more
-        while True:
-            gate.step(env.action_space.sample())
-            steps += 1
-    gate.report.close()
-    with os.fdopen(read) as reports:
-        assert [json.loads(line)["steps"] for line in reports] == [0, 7, 14]
-    assert steps == 14
-
-
-def test_a_contender_that_fails_is_named_with_its_own_words(capsys):
-    contender = speed.Contender("bad", speed.ours(SMALL, "--gamma", "2"), 50, speed.cores(1))
-    with pytest.raises(SystemExit) as stop:
-        contender.wait()
-    contender.close()
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: bad ended with exit code 2: error: --gamma must be in")
-
-
-def test_the_operations_of_an_update_are_those_of_its_matrix_products():
-    n_obs, n_act, width = 3, 1, 128
-    setting = speed.Setting(widths=(width, width), batch_size=512)
-    measured = speed.operations_per_step(setting, n_obs, n_act, torch.device("cpu"))
-    actor = n_obs * width + width * width + width * n_act
-    critic = (n_obs + n_act) * width + width * width + width
-    # of a critic or an actor: the gradient of what goes into all layers but the first
-    inputs = width * width + width
-    targets = actor + 2 * critic
-    critic_update = targets + 2 * (critic + critic + inputs)  # forward, weights, inputs
-    through_critic = critic + inputs + (n_obs + n_act) * width
-    actor_update = actor + through_critic + actor + width * n_act + width * width
-    assert measured == 2 * 512 * (critic_update + actor_update / 2)
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_ours_take_part_compiled_if_asked_for(compiled):
-    commands = speed.all_commands(SMALL, (), ("mine=python3 /a.py --b 'c d'",), compiled)
-    assert commands.pop("mine") == ["python3", "/a.py", "--b", "c d"]
-    assert ("NE-TD3, compiled" in commands) == compiled
-    for name, command in commands.items():
-        assert ("--compile" in command) == name.endswith(", compiled")
-        assert ("--initial-density" in command) == name.startswith("TD3")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"peers": ("CleanRL",)}, "--peers must be from Stable-Baselines3, SBX, got CleanRL"),
-        (
-            {"peers": (), "command": ("CleanRL",)},
-            "--command must be LABEL=PYTHON SCRIPT [ARGS...], got CleanRL",
-        ),
-        ({"peers": (), "setting": speed.Setting(threads=10_000)}, "--setting.threads must be 1 to"),
-        pytest.param(
-            {"peers": (), "setting": speed.Setting(cuda=True)},
-            "--setting.cuda needs a GPU",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
-    ],
-)
-def test_what_cannot_be_compared_is_refused(monkeypatch, capsys, arguments, words):
-    monkeypatch.setattr(speed, "Contender", None)  # none starts
-    with pytest.raises(SystemExit) as stop:
-        speed.compare(**arguments)
-    assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
 class Fake(speed.Contender):

@@ -116,13 +116,6 @@ def test_the_schedule_scales_with_the_run(total):
     assert args.growth_end == total
 
 
-def test_given_values_win():
-    given = {"grow_interval": 777, "grow_rate": 0.01, "growth_end": 9_000}
-    given |= {"review_interval": 3, "review_decay": 0.4}
-    args = scaled(total_timesteps=40_000, learning_starts=1_000, **given)
-    assert {name: getattr(args, name) for name in given} == given
-
-
 @pytest.mark.parametrize("floor", [0.0, 0.3, 0.65])
 @pytest.mark.parametrize(
     ("total", "first"), [(1_000_000, 25_000), (200_000, 25_000), (9_000, 1_000)]
@@ -150,19 +143,12 @@ def test_the_decay_meets_the_floor_at_half_of_the_run(floor, total, first, ratio
     ("changes", "words"),
     [
         ({}, "25% -> 95% in 97 rounds"),
-        ({"total_timesteps": 200_000}, "25% -> 95% in 87 rounds"),
         ({"initial_density": 0.05, "final_density": 0.8}, "5% -> 80% in 97 rounds"),
-        ({"initial_density": 1.0}, "100% -> 100% in 97 rounds"),
         ({"ne_actor": False, "ne_critic": False}, "100% -> 100% in 97 rounds"),
-        ({"ne_actor": False}, "25% -> 95% in 97 rounds"),
         ({"growth": "none"}, "25% -> 25% in 97 rounds"),
-        ({"growth": "none", "initial_density": 0.97}, "97% -> 97% in 97 rounds"),
         ({"total_timesteps": 20_000}, "25% -> 25% in 0 rounds"),  # before the first update
-        ({"total_timesteps": 100}, "25% -> 25% in 0 rounds"),
-        ({"growth_end": 20_000}, "25% -> 25% in 0 rounds"),
         # alpha is at most 1: 0.25 + 0.75 / 2 * (1 + cos(0.6 pi))
         ({"grow_interval": 600_000}, "25% -> 51% in 1 rounds"),
-        ({"growth_end": 500_000, "total_timesteps": 500_000}, "25% -> 95% in 94 rounds"),
         # the run ends at half of the cosine
         ({"growth_end": 2_000_000, "grow_interval": 10_000}, "25% -> 92% in 98 rounds"),
     ],
@@ -235,14 +221,6 @@ def test_scores_and_metrics_by_hand():
     sequence = torch.stack((hidden, torch.zeros_like(hidden)))
     assert topology.dormant_neurons([sequence], 0.0) == [(0, 0)]
     assert topology.dormancy_scores(sequence).tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_densities_are_exact_in_any_precision(dtype):
-    """A sum of 600 x 600 ones is infinite in float16, and 256 in bfloat16 adds no more."""
-    layer = ne.MaskedLinear(600, 600).to(dtype)
-    layer.mask[:, :3] = 0.0
-    assert topology.network_density([layer]) == 597 / 600
 
 
 # --- prune and reset ----------------------------------------------------------
@@ -370,19 +348,13 @@ def test_dormant_neurons_go_in_random_order():
 
 # --- Adam ---------------------------------------------------------------------
 LAYOUTS = {
-    "in order": lambda p: torch.randn_like(p),
+    "in order": torch.randn_like,
     "transposed": lambda p: torch.randn(p.shape[::-1]).permute(*reversed(range(p.dim()))),
-    "channels last": lambda p: (
-        torch.randn_like(p).to(memory_format=torch.channels_last)
-        if p.dim() == 4
-        else torch.randn_like(p)
-    ),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("when", ["before", "loaded"])
-def test_a_step_is_that_of_torch_to_the_last_bit(layout, when):
+def test_a_step_is_that_of_torch_to_the_last_bit(layout):
     """With a rate that falls and any layout of gradients; also after loading another rate."""
     torch.manual_seed(0)
     shapes = [(5, 4), (4,), (3, 2, 5, 5)]
@@ -391,7 +363,7 @@ def test_a_step_is_that_of_torch_to_the_last_bit(layout, when):
     adam = topology.Adam(ours, 1e-3)
     reference = torch.optim.Adam(theirs, 1e-3, fused=True)
     for step in range(20):
-        if when == "loaded" and step == 10:
+        if step == 10:
             state = copy.deepcopy(reference.state_dict())
             state["param_groups"][0]["lr"] = 0.02
             reference.load_state_dict(state)

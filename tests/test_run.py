@@ -261,7 +261,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch
     for _ in range(3):
         assert run_here(SHORT) == 0
     folders = sorted((tmp_path / "runs").iterdir())
-    names = [folder.name.removeprefix("fake_task:Plain-v0__ne_td3_cont") for folder in folders]
+    names = [folder.name.removeprefix("fake_task_Plain-v0__ne_td3_cont") for folder in folders]
     assert names == [f"inuous__1__1000000000{end}" for end in ("", "_2", "_3")]
     assert [len(rows(folder)) for folder in folders] == [1, 1, 1]
 

@@ -119,7 +119,7 @@ class NEArgs:
     prune_ratio: float = 0.4  # omega, share of the grown that may go (authors' code)
     weight_clip: float = 2.0  # kappa / sqrt(n_in) bounds reset neurons (§B.2); 0: off
     review_fraction: float = 0.25  # oldest share of the buffer that is reviewed (§4.2)
-    review_rule: Literal["slope", "level"] = "slope"  # of the dormant count (ours)
+    review_rule: Literal["slope", "level", "fau"] = "slope"  # see review_threshold (ours)
     review_interval: int | None = None  # c, updates; default: all / 1,000, at least 10
     review_decay: float | None = None  # of epsilon; default: floor met at half the run
     review_floor: float = 0.65  # slope's least epsilon (ours); 1: no reviews
@@ -149,7 +149,7 @@ class Batch(NamedTuple):
     noise: torch.Tensor  # (B, 2, act) standard normal, for next and own actions
     shifts: torch.Tensor  # (B, 2, 2) in [0, 2 * PAD], down and right, of obs and next_obs
 
-    def copy_(self, other: "Batch") -> None:
+    def copy_(self, other: "Batch") -> None:  # into the batch that a CUDA graph reads
         self.pixels.copy_(other.pixels)
         self.rows.copy_(other.rows)
         self.noise.copy_(other.noise)
@@ -284,7 +284,7 @@ class MaskedLinear(nn.Linear):
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out)
-        self.initial_density = 1.0
+        self.initial_density = 1.0  # the fan-in of a reset neuron
         self.register_buffer("mask", torch.ones(n_out, n_in))
         self.register_buffer("bound", torch.full((n_out, n_in), math.inf))  # of |weight|
 
@@ -323,7 +323,7 @@ class MLP(nn.Module):
     def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, sizes[0]) -> [(B, n), ...] of the hidden layers."""
         hidden = []
-        for layer, norm in zip(self.layers, self.norms, strict=False):  # not the last
+        for layer, norm in zip(self.layers, self.norms, strict=False):  # not the output's
             x = F.relu(norm(layer(x)), inplace=True)
             hidden.append(x)
         return hidden
@@ -703,16 +703,19 @@ class Progress:
     returns: list[float] = field(default_factory=list)  # since the last evaluation
 
 
-def review_threshold(args: Args, progress: Progress, dormant: int) -> float:
+def review_threshold(args: Args, progress: Progress, dormant: int, fau: float) -> float:
     """§4.2, experience review: the next epsilon; a batch is a review with 1 - epsilon.
 
     "slope": epsilon is large while growth still wakes neurons up, then falls to its
     floor. "level": 1 - epsilon is the dormant share of the critics' hidden neurons.
+    "fau": half of the batches while few of the critics' activations are positive.
     """
     if args.review_floor == 1:
         return 1.0
     if args.review_rule == "level":
         return 1 - dormant / (2 * sum(args.critic_hidden))
+    if args.review_rule == "fau":  # numbers of the authors' code
+        return 1 / (1 + 0.9 * math.exp(0.4 - fau)) if fau < 0.4 else 1.0
     if progress.dormant is None:  # first count
         return progress.epsilon
     reduction = max(0, progress.dormant - dormant) / max(progress.dormant, 1)  # in [0, 1]
@@ -906,7 +909,7 @@ def main() -> None:
     start = 0
     if checkpoint is not None:
         start = checkpoint["step"]
-        restore(parts, checkpoint["parts"])
+        restore(parts, checkpoint.pop("parts"))
     folder, lock = open_folder(args, checkpoint, args.env_id)
     log = Log(args, folder, start)
     stop = Stop()
@@ -954,7 +957,8 @@ def main() -> None:
             if counting and args.review_floor < 1:
                 hidden = review_hidden(agent, buffer)
                 dormant = len(topology.dormant_neurons(hidden, args.review_tau))
-                progress.epsilon = review_threshold(args, progress, dormant)
+                fau = topology.activity(hidden)["fau"]
+                progress.epsilon = review_threshold(args, progress, dormant, fau)
                 progress.dormant = dormant
             if args.redo_interval and progress.updates % args.redo_interval == 0:
                 redo(agent, buffer.sample(args.batch_size, rng=agent.rng))
@@ -968,7 +972,7 @@ def main() -> None:
             log.scalar("charts/episodic_return", env.episodic_return, step)
             log.scalar("charts/episodic_length", env.episodic_length, step)
 
-        # topology
+        # §4.2, Eq. 2: grow, then prune and reset neurons
         if step in rounds:
             topology_round(agent, buffer.sample(args.batch_size, rng=agent.rng), step)
         if args.reset_interval and step % args.reset_interval == 0 and step < last:
@@ -1027,6 +1031,7 @@ LIMITS = {
     "initial_density": (1e-9, 1),
     "review_fraction": (1e-9, 1),
     "prune_ratio": (0, 0.999),  # below 1, so that more is born than pruned
+    "frame_size": (15, 10**9),  # for the encoder's four convolutions
 }
 NOISES = ("exploration_noise", "policy_noise", "noise_clip")
 LIMITS |= dict.fromkeys((*NOISES, "weight_clip", "redo_tau", "review_tau"), (0, 1_000))
@@ -1088,7 +1093,7 @@ def set_up(args) -> torch.device:
 # --- a run's folder: args.json, results.csv, TensorBoard's events, checkpoint.pt
 def open_folder(args, checkpoint: dict | None, task: str) -> tuple[Path, filelock.FileLock]:
     """The folder, locked. Of a resumed run, rows since the checkpoint are cut off."""
-    name = f"{task}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
+    name = f"{task}__{args.exp_name}__{args.seed}__{int(time.time())}"
     try:
         if args.resume is not None:
             folder = Path(args.resume)
@@ -1096,7 +1101,7 @@ def open_folder(args, checkpoint: dict | None, task: str) -> tuple[Path, fileloc
             folder = Path(args.run_dir)
             folder.mkdir(parents=True, exist_ok=True)
         else:
-            folder = new_folder(Path("runs") / name)
+            folder = new_folder(Path("runs") / name.replace("/", "_").replace(":", "_"))
         lock = lock_folder(folder)
         results = folder / "results.csv"
         if checkpoint is not None:
@@ -1112,17 +1117,18 @@ def open_folder(args, checkpoint: dict | None, task: str) -> tuple[Path, fileloc
 
 def new_folder(path: Path) -> Path:
     """Runs may start in the same second: then with a number behind the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
             continue
 
 
 def lock_folder(folder: Path) -> filelock.FileLock:
-    """Ends with the process."""
+    """So that no second process works in it; what another process has, is refused."""
     lock = filelock.FileLock(folder / "lock", timeout=0)
     try:
         lock.acquire()
@@ -1150,10 +1156,10 @@ class Log:
         if args.track:
             import wandb
 
-            name = folder / "wandb_id"  # by which a resumed run continues it
-            if not name.exists():
-                name.write_text(os.urandom(8).hex())
-            run = {"id": name.read_text(), "name": str(folder), "config": vars(args)}
+            file = folder / "wandb_id"  # by which a resumed run continues it
+            if not file.exists():
+                file.write_text(os.urandom(8).hex())
+            run = {"id": file.read_text(), "name": str(folder), "config": vars(args)}
             self.tracker = wandb.init(**run, dir=str(folder), resume="allow")
             self.tracker.define_metric("*", step_metric="global_step")
 
@@ -1191,18 +1197,15 @@ class Stop:
 
     def __init__(self):
         self.signal = None
-        self.handled = []
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, signal.SIGTERM)  # Windows lacks two
             nohup = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
             if not nohup:
                 signal.signal(number, self.request)
-                self.handled.append(number)
 
     def request(self, number: int, frame) -> None:
         self.signal = number
-        for handled in self.handled:
-            signal.signal(handled, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         try:
             os.write(2, b"\nfinishing the episode, then saving (once more: stop at once)\n")
         except OSError:  # the terminal is closed
@@ -1218,7 +1221,9 @@ class Stop:
 def save(folder: Path, args, resumed, step: int, parts: tuple, finished=False) -> None:
     """Atomic: a run that is killed in here keeps the checkpoint before.
 
-    The arguments are those of the run's first start, which a resumed checkpoint has.
+    Args:
+        resumed: the checkpoint that this process continues, or None; it has the arguments
+            of the run's first start.
     """
     agent, buffer, progress, noise_rng, envs = parts
     for parameter in agent.parameters():
@@ -1251,6 +1256,8 @@ def restore(parts: tuple, states: dict) -> None:
     """Raises: SystemExit(1) for a checkpoint that does not fit, e.g. one begun on a GPU."""
     agent, buffer, progress, noise_rng, envs = parts
     try:
+        buffer.load_state_dict(states.pop("buffer"))
+        states = copy.deepcopy(states)  # so that the old file can go
         agent.load_state_dict(states["agent"])
         for optimizer, state in zip(agent.optimizers, states["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -1261,7 +1268,6 @@ def restore(parts: tuple, states: dict) -> None:
             set_state(env.np_random, state)
         set_state(np.random, states["numpy_rng"])
         random.setstate(states["python_rng"])
-        buffer.load_state_dict(states["buffer"])
     except (KeyError, RuntimeError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())
         die(f"the checkpoint does not fit this run: {reason}", code=1)

@@ -251,12 +251,15 @@ def check_method(args: Args) -> None:
     for flag in fields(MethodArgs):
         method = flag.name.split("_")[0]
         given = getattr(args, flag.name) != flag.default
-        if flag.name != "method" and given and args.method != method:
+        if given and method not in ("method", args.method):
             name = "--" + flag.name.replace("_", "-")
             die(f"{name} needs --method {method}, got --method {args.method}")
     if args.method == "injection" and args.injection_step is None:
         half = args.total_timesteps // args.action_repeat // 2
         args.injection_step = max(1, half) * args.action_repeat
+    if args.method == "injection" and args.injection_step > args.total_timesteps:
+        last = args.total_timesteps
+        die(f"--injection-step must be at most {last}, got {args.injection_step}")
     in_steps = {"reset": ["reset_interval"], "injection": ["injection_step"]}
     check_steps(args, *in_steps.get(args.method, []))
 
@@ -280,7 +283,7 @@ def main() -> None:
     start = 0
     if checkpoint is not None:
         start = checkpoint["step"]
-        restore(parts, checkpoint["parts"])
+        restore(parts, checkpoint.pop("parts"))
     folder, lock = open_folder(args, checkpoint, args.env_id)
     log = Log(args, folder, start)
     stop = Stop()

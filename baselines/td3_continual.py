@@ -77,8 +77,8 @@ class Agent(td3_continuous.Agent):
             next_q_1 = self.target_critic_1(next_obs_actions)  # (B,)
             next_q_2 = self.target_critic_2(next_obs_actions)  # (B,)
             next_q = torch.minimum(next_q_1, next_q_2)
-            going_on = 1 - batch.terminated
-            target_q = batch.rewards + args.gamma * going_on * next_q  # (B,)
+            discounts = args.gamma * (1 - batch.terminated)  # (B,)
+            target_q = batch.rewards + discounts * next_q  # (B,)
         q_1 = self.critic_1(batch.obs_actions)  # (B,)
         q_2 = self.critic_2(batch.obs_actions)  # (B,)
         loss = F.mse_loss(q_1, target_q) + F.mse_loss(q_2, target_q)  # ()
@@ -112,7 +112,7 @@ def main() -> None:
     obs, _ = starts[0]
     if checkpoint is not None:
         start = checkpoint["step"]
-        restore(parts, checkpoint["parts"])
+        restore(parts, checkpoint.pop("parts"))
         obs, _ = envs[progress.stretches % len(envs)].reset()
     folder, lock = open_folder(args, checkpoint, "+".join(args.tasks))
     log = Log(args, folder, start)
@@ -152,8 +152,9 @@ def main() -> None:
             progress.losses |= {key: value.clone() for key, value in losses.items()}
 
         # step and store
+        require_finite(step, observation=obs, action=action)
         next_obs, reward, terminated, truncated, info = env.step(action)
-        require_finite(step, action=action, observation=next_obs, reward=reward)
+        require_finite(step, observation=next_obs, reward=reward)
         buffer.add(obs, action, next_obs, reward, terminated, env.action_mask)
         obs = next_obs
         ended = terminated or truncated

@@ -181,7 +181,8 @@ class Learner:
         batch = self.buffer.sample(1_024, rng=self.agent.rng)
         hidden = self.agent.networks["critic"].hidden(batch)
         dormant = len(topology.dormant_neurons(hidden, self.args.review_tau))
-        self.progress.epsilon = ne.review_threshold(self.args, self.progress, dormant)
+        fau = topology.activity(hidden)["fau"]
+        self.progress.epsilon = ne.review_threshold(self.args, self.progress, dormant, fau)
         self.progress.dormant = dormant
 
     def round(self, clock: int) -> None:
@@ -267,7 +268,7 @@ def main() -> None:
     obs, _ = env.reset(seed=args.seed)
     if checkpoint is not None:
         start = checkpoint["step"]
-        ne.restore(parts, checkpoint["parts"])
+        ne.restore(parts, checkpoint.pop("parts"))
         obs, _ = env.reset()
     folder, lock = ne.open_folder(args, checkpoint, args.env_id)
     log = ne.Log(args, folder, start)
@@ -295,8 +296,9 @@ def main() -> None:
                 write_losses(learner, folder, step)
 
         # step and store
+        ne.require_finite(step, observation=obs, action=action)
         next_obs, reward, terminated, truncated, info = env.step(action)
-        ne.require_finite(step, action=action, observation=next_obs, reward=reward)
+        ne.require_finite(step, observation=next_obs, reward=reward)
         buffer.add(obs, action, next_obs, reward, terminated)
         obs = next_obs
         ended = terminated or truncated

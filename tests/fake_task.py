@@ -76,11 +76,17 @@ class Strict(Plain):
 
 
 class Faulty(Plain):
-    """At step 130 of its life, in its seventh episode, it returns what `fault` says."""
+    """In its seventh episode, at its start or at step 130 of all, what `fault` says."""
 
     def __init__(self, fault: dict):
         super().__init__()
         self.fault = fault
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        if self.total_steps == 120:
+            obs = np.array([obs[0], self.fault.get("start", obs[1])])
+        return obs, info
 
     def step(self, action):
         obs, reward, *rest = super().step(action)
@@ -162,6 +168,7 @@ for task in TASKS:
 FAULTS = {
     "NaNObs": {"obs": np.nan},
     "InfiniteObs": {"obs": -np.inf},
+    "NaNStart": {"start": np.nan},
     "NaNReward": {"reward": float("nan")},
     "HugeReward": {"reward": 1e300},  # finite, but not as float32
 }

@@ -343,10 +343,10 @@ def test_a_neuron_that_its_layer_norm_silenced_starts_anew(method):
 
 
 # --- experience review --------------------------------------------------------
-def threshold(epsilon, before, now, **changes) -> float:
+def threshold(epsilon, before, now, fau=0.5, **changes) -> float:
     options = {"review_decay": 0.005, "review_floor": 0.65, "critic_hidden": (60, 40)}
     args = ne.Args(**options | changes)
-    return ne.review_threshold(args, ne.Progress(epsilon=epsilon, dormant=before), now)
+    return ne.review_threshold(args, ne.Progress(epsilon=epsilon, dormant=before), now, fau)
 
 
 @pytest.mark.parametrize(
@@ -373,9 +373,17 @@ def test_review_by_the_level(now, expected, floor):
         assert epsilon == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("rule", ["slope", "level"])
+@pytest.mark.parametrize(
+    ("fau", "expected"), [(0.0, 0.427), (0.3, 0.501), (0.399, 0.526), (0.4, 1.0), (0.9, 1.0)]
+)
+def test_review_by_the_share_of_positive_activations(fau, expected):
+    epsilon = threshold(0.7, 10, 100, fau, review_rule="fau")
+    assert epsilon == pytest.approx(expected, abs=0.001)
+
+
+@pytest.mark.parametrize("rule", ["slope", "level", "fau"])
 def test_review_floor_1_is_no_review(rule):
-    assert threshold(1.0, 100, 100, review_rule=rule, review_floor=1.0) == 1.0
+    assert threshold(1.0, 100, 100, 0.2, review_rule=rule, review_floor=1.0) == 1.0
 
 
 # --- invariant 7: without NE it is TD3, bit for bit ---------------------------

@@ -137,9 +137,10 @@ def test_the_observations_of_a_dictionary_are_one_vector():
 )
 def test_a_number_that_is_not_finite_stops_the_run_unstored(script, task, tmp_path, capsys):
     [part] = fake_task.FAULTS[task]
-    name = {"obs": "observation"}.get(part, part)
+    name = {"obs": "observation", "start": "observation"}.get(part, part)
+    step = 121 if part == "start" else 130
     flags = f"{TINY} --env-id fake_task:{task}-v0 --run-dir {tmp_path / 'run'}"
-    words = f"the {name} is NaN or infinite at step 130; --resume"
+    words = f"the {name} is NaN or infinite at step {step}; --resume"
     refused(capsys, flags, words, module=script, code=1)
     checkpoint = load(tmp_path / "run")
     assert checkpoint["step"] == 120

@@ -161,14 +161,17 @@ def test_a_signal_ends_the_episode_saves_and_resumes_exactly(
     assert_equal_runs(whole, folder)
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
-    """Of whatever kind."""
+@pytest.mark.parametrize(
+    ("second", "code", "step"), [("SIGUSR1", -signal.SIGUSR1, 200), ("SIGTERM", 0, 280)]
+)
+def test_the_same_signal_once_more_stops_at_once(tmp_path, second, code, step):
+    """Slurm's SIGTERM after its SIGUSR1 does not."""
     folder = tmp_path / "run"
-    code, out, err = finish(launch(f"{RUN} --run-dir {folder}", "262:SIGUSR1 263:SIGINT"))
-    assert code == -signal.SIGINT
-    assert err.count("finishing the episode") == 1
-    assert "stopped" not in out
-    assert load(folder)["step"] == 200
+    process = launch(f"{RUN} --run-dir {folder}", f"262:SIGUSR1 263:{second}")
+    got, out, _ = finish(process)
+    assert got == code
+    assert ("stopped" in out) == (code == 0)
+    assert load(folder)["step"] == step
 
 
 def test_a_closed_terminal(tmp_path):
@@ -258,9 +261,15 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch
     for _ in range(3):
         assert run_here(SHORT) == 0
     folders = sorted((tmp_path / "runs").iterdir())
-    names = [folder.name.removeprefix("fake_task:Plain-v0__ne_td3_cont") for folder in folders]
+    names = [folder.name.removeprefix("fake_task_Plain-v0__ne_td3_cont") for folder in folders]
     assert names == [f"inuous__1__1000000000{end}" for end in ("", "_2", "_3")]
     assert [len(rows(folder)) for folder in folders] == [1, 1, 1]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path / "scratch that was purged")
+    refused(capsys, SHORT, "must be one that can be written")
 
 
 def test_a_second_process_in_a_folder_is_refused(interrupted, capsys):

@@ -131,7 +131,7 @@ def test_the_decay_meets_the_floor_at_half_of_the_run(floor, total, first, ratio
     assert len(updates) == pytest.approx(1_000, rel=0.01)
     epsilons = []
     for _ in updates:
-        progress.epsilon = ne.review_threshold(args, progress, 10)
+        progress.epsilon = ne.review_threshold(args, progress, 10, 0.5)
         progress.dormant = 10
         epsilons.append(progress.epsilon)
     above = sum(epsilon > max(0.01, floor) * (1 + 1e-9) for epsilon in epsilons)

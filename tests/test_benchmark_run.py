@@ -251,15 +251,6 @@ def test_dry_run_prints_commands_that_the_scripts_accept(done, tmp_path, monkeyp
     assert scripts == {"ne_td3_continuous.py", "-m baselines.td3_continuous"}
 
 
-def test_a_printed_command_works_as_it_stands(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    given = arguments(Path("out"), *ONE, "--dry-run", steps=400, random=200)
-    _, printed, _ = call(capsys, run, *given)
-    command = printed.replace("python ", f"{sys.executable} ")
-    subprocess.run(command, shell=True, check=True, capture_output=True)
-    assert run.last_step(tmp_path / "out/Pendulum-v1/td3_dense_seed1") == 400
-
-
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -268,6 +259,7 @@ def test_a_printed_command_works_as_it_stands(tmp_path, monkeypatch, capsys):
         (["figure6", "--flags=--tau=2"], "--tau must be in [0, 1], got 2.0"),
         (["figure6", "--flags=--env-id=Hopper-v5"], "say what run it is: --env-id=Hopper-v5"),
         (["figure8", "--flags=--tasks Ant-v5"], "say what run it is: --tasks"),
+        (["figure6", "--flags=--resume x"], "say what run it is: --resume"),
         (["figure6", "--cpus", "0"], "--cpus must be in [1, "),
         (["figure6", "--gpus-per-run", "nan"], "--gpus-per-run must be in [0, 1], got nan"),
         (["figure6", "--tasks", "Nope-v0"], "Nope"),
@@ -282,8 +274,6 @@ def test_mistakes_are_refused_in_one_line(monkeypatch, capsys, tmp_path, args, s
 
 
 # --- Ray ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("gpu", "seen"), [(True, "0,1"), (False, "")])
 def test_a_run_without_a_share_sees_no_gpu(monkeypatch, tmp_path, gpu, seen):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
@@ -299,11 +289,30 @@ def launch(out: Path, *args: str, **sizes) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
 
 
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+def listening_addresses(pids: set[int]) -> set[str]:
+    """Addresses, in hexadecimal as in /proc/net, of the TCP sockets that wait for connections."""
+    sockets = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                sockets[f"socket:[{fields[9]}]"] = fields[1].split(":")[0]
+    files = [str(file) for pid in pids for file in open_files(pid)]
+    return {sockets[file] for file in files if file in sockets}
+
+
 def test_a_local_instance_makes_what_is_missing_and_lists_what_failed(done, tmp_path, capsys):
     some = (*ONE, "--tasks", "fake_task:NaNObs-v0", "Pendulum-v1")
     failing, finishing = jobs_in(tmp_path, *some)
     process = launch(tmp_path, *some, "--cpus", "1")
+    finished = Path(finishing.folder)
+    wait_for(lambda: run.last_step(finished) or process.poll() is not None)
+    addresses = listening_addresses(processes_below(process.pid))
     _, err = process.communicate(timeout=240)
+    assert addresses and addresses <= LOOPBACK
     assert process.returncode == 1 and "figure6: 1 of 2 runs are finished" in err
     problem = "exit code 1: error: the observation is NaN or infinite at step 130"
     assert f"not finished: {failing.name}: {problem}" in err

@@ -225,6 +225,7 @@ def test_observations_are_stacks_with_the_newest_frame_last(monkeypatch):
 
 
 def test_the_same_seed_is_the_same_start(monkeypatch):
+    assert fake_env(monkeypatch, env_id="quadruped_walk").camera == 2
     env = fake_env(monkeypatch)
     starts = [env.reset(seed=4), env.reset(), env.reset(seed=4)]
     assert np.array_equal(starts[0], starts[2])

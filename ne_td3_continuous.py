@@ -31,7 +31,6 @@ from typing import Literal, NamedTuple, NoReturn
 
 import filelock
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -542,8 +541,10 @@ def make_env(env_id: str) -> gym.Env:
 
     Raises: SystemExit(2) for a task that there is not, or whose spaces do not fit.
     """
-    mujoco.set_mju_user_warning(warn)
     try:
+        import mujoco  # after triton, see utils_topology
+
+        mujoco.set_mju_user_warning(warn)
         env = gym.make(env_id)
         spaces = f"{env.observation_space} and {env.action_space}"
         env = gym.wrappers.FlattenObservation(env)  # which copies them, too

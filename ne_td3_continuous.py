@@ -292,7 +292,9 @@ class Network:
         self.optimizer.apply(gradients)
         # §B.2, weight clipping of neurons that were reset (Elsayed et al. 2024)
         for layer in self.layers:
-            layer.weight.clamp_(-layer.bound, layer.bound)
+            # written to since it was made; a CUDA graph is captured before that
+            if layer.bound._version > 0 or layer.bound.is_cuda:
+                layer.weight.clamp_(-layer.bound, layer.bound)
 
     @torch.no_grad()
     def update_targets(self, tau: float) -> None:

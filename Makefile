@@ -47,7 +47,7 @@ gl:  ## install the libraries that off-screen rendering needs (Debian, as root)
 	fi; \
 	$(GL_LOADS) || echo "note: rendering needs libEGL and libGL (Debian: apt-get install $(GL_PACKAGES))"
 
-test: $(VENV)/.requirements-dev gl  ## linter, format check and fast tests: 6 minutes on two cores
+test: $(VENV)/.requirements-dev gl  ## linter, format check and fast tests: 4 minutes on two cores
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -13,7 +13,7 @@ import csv
 import math
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -72,6 +72,8 @@ class PrimingArgs:
     over the normal steps only, as the scripts count environment steps, and none passes while
     priming. ReDo and ReGraMa count updates, so they always act"""
     loss_frequency: int = 500  # updates between two rows of losses.csv, priming included
+    hand_over: bool = False
+    """At the end a fresh TD3 is trained on the buffer for as many updates (handed.csv)"""
 
 
 @dataclass
@@ -132,14 +134,16 @@ class Progress(ne.Progress):
 class Learner:
     """An arm's agent and buffer, and what its script does between environment steps."""
 
-    def __init__(self, args: Args, n_obs: int, n_act: int, device: torch.device):
+    def __init__(self, args: Args, n_obs: int, n_act: int, device: torch.device, buffer=None):
         seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()  # of the scripts
         weight_seed, _, batch_seed, agent_seed = seeds
         torch.manual_seed(weight_seed)
         self.arm = ARMS[args.arm]
         self.args = script_args(args)
         self.agent = self.arm.script.Agent(self.args, n_obs, n_act, agent_seed, device)
-        self.buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, batch_seed, device)
+        if buffer is None:
+            buffer = ReplayBuffer(args.buffer_size, n_obs, n_act, batch_seed, device)
+        self.buffer = buffer
         self.progress = Progress()
         updates = ne.fast_updates(self.args, self.agent, self.buffer)
         self.update_critic, self.update_actor = updates
@@ -250,6 +254,22 @@ def prime(args: Args, learner: Learner, folder: Path, stop: ne.Stop) -> None:
     print(f"primed with {args.priming_updates:,} updates, {speed:.0f} per second")
 
 
+def hand_over(args: Args, learner: Learner, env, folder: Path, stop: ne.Stop) -> None:
+    """Rows of handed.csv, whose `step` counts updates: is it the data, or the networks?"""
+    buffer = learner.buffer
+    device = buffer.data.device
+    fresh = Learner(replace(args, arm="td3"), buffer.n_obs, buffer.n_act, device, buffer)
+    last = learner.progress.updates
+    for update in range(1, last + 1):
+        fresh.update()
+        if update % args.eval_frequency == 0 or update == last:
+            row = evaluate(args, fresh, env, update)
+            fresh.progress.write(folder / "handed.csv", row)
+        if stop.signal:
+            print(f"stopped while handing over, which --resume {folder} does anew")
+            raise SystemExit(0)
+
+
 def main() -> None:
     # --- setup ---
     args, checkpoint = parse_args(Args)
@@ -334,6 +354,8 @@ def main() -> None:
             obs, _ = env.reset()
 
     write_probe(args, learner, eval_env, folder, "end", step)
+    if args.hand_over:
+        hand_over(args, learner, eval_env, folder, stop)
     ne.save(folder, args, checkpoint, step, parts, finished=True)
     log.close()
     lock.release()

@@ -112,6 +112,21 @@ def test_growth_while_priming(primed, tmp_path):
     assert epsilons[0][1] < 1 == epsilons[1][1] > epsilons[1][2]
 
 
+def test_a_fresh_agent_is_handed_the_buffer(primed, tmp_path):
+    """As many updates, of a dense agent, on the same transitions; the run stays the same."""
+    folder = tmp_path / "ne"
+    flags = f"{PRIMING} --arm ne --run-dir {folder} --hand-over"
+    assert run_here(flags, priming, due={390: "SIGKILL"}) == -9
+    assert run_here(f"--resume {folder}", priming) == 0
+    for name in FILES:
+        assert (folder / name).read_bytes() == (primed["ne"] / name).read_bytes()
+    assert column(folder / "handed.csv", "step") == [100, 200, 230]
+    assert column(folder / "handed.csv", "updates") == [100, 200, 230]
+    assert column(folder / "handed.csv", "ne/critic/density") == [1, 1, 1]
+    losses = column(folder / "handed.csv", "losses/qf_loss")
+    assert losses[0] > losses[-1]
+
+
 def test_the_small_dense_networks_have_the_weights_of_the_sparse_ones():
     sparse = ne.Agent(ne.Args(), 17, 6, 0, torch.device("cpu"))
     small = td3.Agent(td3.Args(**priming.SMALL), 17, 6, 0, torch.device("cpu"))

@@ -2,13 +2,16 @@
 
 Run:   python benchmark/plasticity.py run --seeds 5 --workers 2       all arms, in runs/priming
        python benchmark/plasticity.py table runs/priming              what came out, and a picture
+       python benchmark/plasticity.py ladder runs/ladder              doses: runs/ladder/0 and so on
 The runs are priming.py's, 10 to 12 minutes each on an idle core with --compile, the probes those
 of probes.py.
 """
 
+import math
 import os
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tyro
@@ -229,8 +232,120 @@ def table(
     drawing.write(files)
 
 
+# --- a ladder of doses --------------------------------------------------------
+class Rung(NamedTuple):
+    """A seed at a dose; returns are means over the last half of the normal steps."""
+
+    td3: float
+    reset: float  # TD3, reset after priming
+    fresh: float  # on TD3's buffer, over the last half of its updates; NaN: not run
+    q_primed: float  # mean |Q| of TD3 right after priming
+    q_late: float  # over the last half
+
+
+def columns_of(file: Path, *names: str) -> list[np.ndarray]:
+    rows = drawing.read_rows(file, list(names))
+    return [np.array([float(row[name]) for row in rows]) for name in names]
+
+
+def last_half(x: np.ndarray, values: np.ndarray, start: float = 0) -> float:
+    """Mean of the values from the middle between `start` and the last x on."""
+    return float(values[x > (start + x[-1]) / 2].mean())
+
+
+def read_rung(folder: Path, seed: str) -> Rung:
+    random_steps = float(read_probes(folder / f"td3_{seed}")["before"]["step"])
+    returns = {}
+    for arm, name in (("td3", "results"), ("reset_primed", "results"), ("td3", "handed")):
+        file = folder / f"{arm}_{seed}" / f"{name}.csv"
+        value = math.nan
+        if file.exists():
+            steps, values = columns_of(file, "step", "eval/return_mean")
+            value = last_half(steps, values, random_steps if name == "results" else 0)
+        returns[arm, name] = value
+    steps, q = columns_of(folder / f"td3_{seed}" / "losses.csv", "step", "losses/abs_q")
+    primed = q[steps == random_steps]
+    q_primed = primed[-1] if len(primed) else math.nan
+    return Rung(*returns.values(), q_primed, last_half(steps, q, random_steps))
+
+
+def ladder_table(doses: dict[int, dict[str, Rung]]) -> str:
+    """Returns; in brackets shares of TD3's, not primed, of the same seed."""
+    head = ["dose", "seed", "TD3", "reset after priming", "fresh on its buffer"]
+    head += ["lost, and mended", "mean abs Q after priming", "last half"]
+    lines = []
+    for dose, rungs in doses.items():
+        for seed, own in rungs.items():
+            whole = doses[0][seed].td3
+            shares = [value / whole for value in own[:3]]
+            cells = [
+                "–" if math.isnan(value) else f"{value:,.0f} ({share:.0%})"
+                for value, share in zip(own[:3], shares, strict=True)
+            ]
+            passes = shares[0] <= 0.5 and max(np.nan_to_num(shares[1:])) >= 0.8
+            qs = ["–" if math.isnan(q) else f"{q:,.0f}" for q in own[3:]]
+            lines.append([f"{dose:,}", seed.removeprefix("seed"), *cells])
+            lines[-1] += ["–" if dose == 0 else "yes" if passes else "no", *qs]
+    return drawing.markdown(head, lines)
+
+
+def ladder_picture(folder: Path, doses: dict[int, dict[str, Rung]]):
+    """Seeds thin, their means thick."""
+    figure, part = drawing.canvas(10, 3.8, "")
+    axes = part.subplots(1, 2)
+    for colour, (dose, rungs) in zip(drawing.COLOURS[4::-1], doses.items(), strict=False):
+        for arm, style in (("td3", "-"), ("reset_primed", ":")):
+            curves = {"results": [], "losses": []}
+            for seed in rungs:
+                own = folder / str(dose) / f"{arm}_{seed}"
+                if own.exists():
+                    names = ("step", "eval/return_mean")
+                    curves["results"].append(columns_of(own / "results.csv", *names))
+                    names = ("updates", "losses/abs_q")
+                    curves["losses"].append(columns_of(own / "losses.csv", *names))
+            look = {"color": colour, "linestyle": style}
+            for ax, lines in zip(axes, curves.values(), strict=True):
+                for x, y in lines:
+                    ax.plot(x, y, linewidth=0.6, alpha=0.4, **look)
+                if lines:
+                    mean = np.mean([y for _, y in lines], axis=0)
+                    label = f"{ARMS[arm].label}, {dose:,} updates" if dose else "TD3, not primed"
+                    ax.plot(lines[0][0], mean, linewidth=2, label=label, **look)
+    labels = (("step", "evaluation return"), ("update", "mean |Q| of a uniform batch"))
+    for ax, (x, y) in zip(axes, labels, strict=True):
+        drawing.dress(ax)
+        ax.set_xlabel(x)
+        ax.set_ylabel(y)
+    axes[1].set_yscale("log")
+    part.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def ladder(folder: tyro.conf.Positional[Path], /, out: Path = Path("ladder.png")) -> None:
+    """Markdown: what each dose of priming costs TD3, and what mends it; and a picture.
+
+    Args:
+        folder: holds one folder of runs per dose, named by its updates: 0, 25000, ...
+        out: where the PNG goes, and beside it the Markdown
+    """
+    drawing.check_picture(out)
+    doses = {}
+    for dose in sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()):
+        finished = run.finished_runs(folder / str(dose), ["td3"])["td3"]
+        seeds = [own.name.removeprefix("td3_") for own in finished]
+        doses[dose] = {seed: read_rung(folder / str(dose), seed) for seed in seeds}
+    missing = [seed for rungs in doses.values() for seed in rungs if seed not in doses.get(0, {})]
+    if missing or not doses:
+        drawing.die(f"{folder}/0 must hold TD3, not primed, of each seed")
+    page = ladder_table(doses)
+    print(page)
+    files = {out: lambda file: drawing.save(ladder_picture(folder, doses), file)}
+    files[out.with_suffix(".md")] = lambda file: file.write_text(page)
+    drawing.write(files)
+
+
 def main() -> None:
-    commands = {"run": make_runs, "table": table}
+    commands = {"run": make_runs, "table": table, "ladder": ladder}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
 
 

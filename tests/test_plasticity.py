@@ -252,9 +252,11 @@ def synthetic(out: Path, level: float, arm: str = "td3", seed: int = 1, steps: i
     for step in range(5_000, steps + 1, 5_000):
         lines.append(f"{step},{0 if step < 25_000 else level}")
     (folder / "results.csv").write_text("\n".join(lines) + "\n")
-    lines = ["point," + ",".join(plasticity.PROBES)]
+    lines = ["point,step," + ",".join(plasticity.PROBES)]
     for point in plasticity.POINTS:
-        lines.append(point + ",1" * len(plasticity.PROBES))
+        lines.append(
+            f"{point},{steps if point == 'end' else 5_000}" + ",1" * len(plasticity.PROBES)
+        )
     (folder / "probes.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -282,3 +284,34 @@ def test_table_and_picture(tmp_path, capsys):
     assert "| ne | after | 1.00 | 1.00 | 1 | 100.0% |" in of_probes
     assert out.startswith((tmp_path / "priming.md").read_text())
     assert picture.stat().st_size > 10_000
+
+
+def test_ladder(tmp_path, capsys):
+    """Seed 2 loses nothing; a reset mends seed 1, the fresh agent seed 3."""
+    runs = {  # seed: returns not primed, primed, reset, fresh
+        1: (1_000, 500, 800, 100),
+        2: (1_000, 510, 900, 100),
+        3: (2_000, 100, 200, 1_700),
+    }
+    for seed, (not_primed, primed, reset, fresh) in runs.items():
+        synthetic(tmp_path / "0", not_primed, "td3", seed)
+        synthetic(tmp_path / "50000", primed, "td3", seed)
+        synthetic(tmp_path / "50000", reset, "reset_primed", seed)
+        rows = f"step,eval/return_mean\n100,-9\n200,-9\n300,{fresh}\n400,{fresh}\n"
+        (tmp_path / "50000" / f"td3_seed{seed}" / "handed.csv").write_text(rows)
+        for dose, arms in (("0", ["td3"]), ("50000", ["td3", "reset_primed"])):
+            primed_rows = "50,5000,77\n100,5000,66\n" if dose == "50000" else ""
+            for arm in arms:
+                file = tmp_path / dose / f"{arm}_seed{seed}" / "losses.csv"
+                file.write_text(
+                    "updates,step,losses/abs_q\n" + primed_rows + "200,10000,9\n300,40000,5\n"
+                )
+    picture = tmp_path / "ladder.png"
+    _, out, _ = call(capsys, plasticity, "ladder", tmp_path, "--out", picture)
+    assert "| 0 | 1 | 1,000 (100%) | – | – | – | – | 5 |" in out
+    assert "| 50,000 | 1 | 500 (50%) | 800 (80%) | 100 (10%) | yes | 66 | 5 |" in out
+    assert "| 50,000 | 2 | 510 (51%) | 900 (90%) | 100 (10%) | no | 66 | 5 |" in out
+    assert "| 50,000 | 3 | 100 (5%) | 200 (10%) | 1,700 (85%) | yes | 66 | 5 |" in out
+    assert picture.stat().st_size > 10_000
+    code, _, err = call(capsys, plasticity, "ladder", tmp_path / "none")
+    assert code == 2 and "must hold TD3, not primed" in err

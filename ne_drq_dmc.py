@@ -846,9 +846,15 @@ def evaluate(policy: Policy, env: PixelEnv, episodes: int, seed: int) -> list[fl
     return returns
 
 
-def measure(agent: Agent, batch: Batch, progress: Progress) -> dict[str, float]:
-    """A row of results.csv, but for its step and its evaluation."""
-    row = {"charts/episodic_return": float(np.mean(progress.returns or math.nan))}
+def measure(agent: Agent, buffer: ReplayBuffer, progress: Progress, env, step: int) -> dict:
+    """A row of results.csv: an evaluation, then of a uniform batch."""
+    args = agent.args
+    returns = evaluate(agent, env, args.eval_episodes, args.seed)
+    row = {"step": step, "eval/return_mean": float(np.mean(returns))}
+    row["eval/return_std"] = float(np.std(returns))
+    row["charts/episodic_return"] = float(np.mean(progress.returns or math.nan))
+    progress.returns = []
+    batch = buffer.sample(args.batch_size, rng=torch.Generator().manual_seed(step))
     for key in ("qf_loss", "qf_values"):
         row[f"losses/{key}"] = float(progress.losses.get(key, math.nan))
     hidden_of = agent.hidden(batch)
@@ -986,17 +992,10 @@ def main() -> None:
             for key, value in progress.losses.items():
                 log.scalar(f"losses/{key}", value, step)
         if step % args.eval_frequency == 0 or step == last:
-            returns = evaluate(agent, eval_env, args.eval_episodes, args.seed)
-            mean = float(np.mean(returns))
-            std = float(np.std(returns))
-            row = {"step": step, "eval/return_mean": mean, "eval/return_std": std}
-            rng = torch.Generator().manual_seed(step)
-            batch = buffer.sample(args.batch_size, rng=rng)
-            row |= measure(agent, batch, progress)
-            progress.returns = []
+            row = measure(agent, buffer, progress, eval_env, step)
             write_row(folder, row)
             log.row(row, step)
-            tqdm.write(f"step {step:,}: return {mean:,.1f} +- {std:,.1f}")
+            tqdm.write(f"step {step:,}: return {row['eval/return_mean']:,.1f}")
 
         # episode end; no environment can be saved inside an episode
         if ended and step < last:
@@ -1005,14 +1004,12 @@ def main() -> None:
                 saved = step
             if stop.signal:
                 log.close()
-                lock.release()
                 stop.leave(step, folder)
             obs = env.reset()
             buffer.start_episode(obs)
 
     save(folder, args, checkpoint, step, parts, finished=True)
     log.close()
-    lock.release()
     print(f"finished: {folder}, {(step - start) / (time.time() - started):.0f} steps/s")
 
 
@@ -1095,17 +1092,13 @@ def set_up(args) -> torch.device:
 # --- a run's folder: args.json, results.csv, TensorBoard's events, checkpoint.pt
 def open_folder(args, checkpoint: dict | None, task: str) -> tuple[Path, filelock.FileLock]:
     """The folder, locked. Of a resumed run, rows since the checkpoint are cut off."""
-    name = f"{task}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    name = f"{task}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    new = "runs/" + name.replace("/", "_").replace(":", "_")
+    folder = Path(args.resume or args.run_dir or new)
+    results = folder / "results.csv"
     try:
-        if args.resume is not None:
-            folder = Path(args.resume)
-        elif args.run_dir is not None:
-            folder = Path(args.run_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-        else:
-            folder = new_folder(Path("runs") / name.replace("/", "_").replace(":", "_"))
+        folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder)
-        results = folder / "results.csv"
         if checkpoint is not None:
             results.write_bytes(checkpoint["results"].encode())
         elif results.exists() or (folder / "checkpoint.pt").exists():
@@ -1117,20 +1110,8 @@ def open_folder(args, checkpoint: dict | None, task: str) -> tuple[Path, fileloc
     return folder, lock
 
 
-def new_folder(path: Path) -> Path:
-    """Runs may start in the same second: then with a number behind the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
-
-
 def lock_folder(folder: Path) -> filelock.FileLock:
-    """So that no second process works in it; what another process has, is refused."""
+    """Until this process ends no other may work in it."""
     lock = filelock.FileLock(folder / "lock", timeout=0)
     try:
         lock.acquire()

@@ -883,13 +883,11 @@ def main() -> None:
                 saved = step
             if stop.signal:
                 log.close()
-                lock.release()
                 stop.leave(step, folder)
             obs, _ = envs[progress.stretches % len(envs)].reset()
 
     save(folder, args, checkpoint, step, parts, finished=True)
     log.close()
-    lock.release()
     print(f"finished: {folder}, {(step - start) / (time.time() - started):.0f} steps/s")
     print_metrics(folder)
 
@@ -973,17 +971,13 @@ def set_up(args) -> torch.device:
 # --- a run's folder: args.json, results.csv, TensorBoard's events, checkpoint.pt
 def open_folder(args, checkpoint: dict | None, task: str) -> tuple[Path, filelock.FileLock]:
     """The folder, locked. Of a resumed run, rows since the checkpoint are cut off."""
-    name = f"{task}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    name = f"{task}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    new = "runs/" + name.replace("/", "_").replace(":", "_")
+    folder = Path(args.resume or args.run_dir or new)
+    results = folder / "results.csv"
     try:
-        if args.resume is not None:
-            folder = Path(args.resume)
-        elif args.run_dir is not None:
-            folder = Path(args.run_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-        else:
-            folder = new_folder(Path("runs") / name.replace("/", "_").replace(":", "_"))
+        folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder)
-        results = folder / "results.csv"
         if checkpoint is not None:
             results.write_bytes(checkpoint["results"].encode())
         elif results.exists() or (folder / "checkpoint.pt").exists():
@@ -995,20 +989,8 @@ def open_folder(args, checkpoint: dict | None, task: str) -> tuple[Path, fileloc
     return folder, lock
 
 
-def new_folder(path: Path) -> Path:
-    """Runs may start in the same second: then with a number behind the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
-
-
 def lock_folder(folder: Path) -> filelock.FileLock:
-    """So that no second process works in it; what another process has, is refused."""
+    """Until this process ends no other may work in it."""
     lock = filelock.FileLock(folder / "lock", timeout=0)
     try:
         lock.acquire()

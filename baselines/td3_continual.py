@@ -196,13 +196,11 @@ def main() -> None:
                 saved = step
             if stop.signal:
                 log.close()
-                lock.release()
                 stop.leave(step, folder)
             obs, _ = envs[progress.stretches % len(envs)].reset()
 
     save(folder, args, checkpoint, step, parts, finished=True)
     log.close()
-    lock.release()
     print(f"finished: {folder}, {(step - start) / (time.time() - started):.0f} steps/s")
     print_metrics(folder)
 

@@ -36,7 +36,6 @@ from ne_td3_continuous import (
     TD3Args,
     as_script,
     die,
-    evaluate,
     fast_updates,
     make_env,
     measure,
@@ -508,17 +507,10 @@ def main() -> None:
             for key, value in progress.losses.items():
                 log.scalar(f"losses/{key}", value, step)
         if step % args.eval_frequency == 0 or step == last:
-            returns = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed)
-            mean = float(np.mean(returns))
-            std = float(np.std(returns))
-            row = {"step": step, "eval/return_mean": mean, "eval/return_std": std}
-            rng = torch.Generator().manual_seed(step)
-            batch = buffer.sample(args.batch_size, rng=rng)
-            row |= measure(agent, batch, progress)
-            progress.returns = []
+            row = measure(agent, buffer, progress, eval_env, step)
             write_row(folder, row)
             log.row(row, step)
-            tqdm.write(f"step {step:,}: return {mean:,.1f} +- {std:,.1f}")
+            tqdm.write(f"step {step:,}: return {row['eval/return_mean']:,.1f}")
 
         # episode end; no environment can be saved inside an episode
         if ended and step < last:
@@ -527,13 +519,11 @@ def main() -> None:
                 saved = step
             if stop.signal:
                 log.close()
-                lock.release()
                 stop.leave(step, folder)
             obs, _ = env.reset()
 
     save(folder, args, checkpoint, step, parts, finished=True)
     log.close()
-    lock.release()
     print(f"finished: {folder}, {(step - start) / (time.time() - started):.0f} steps/s")
 
 

@@ -225,14 +225,10 @@ def evaluate(args: Args, learner: Learner, env, step: int) -> dict[str, float]:
     """A row of results.csv."""
     agent, progress = learner.agent, learner.progress
     learner.measure_losses()
-    returns = ne.evaluate(agent.actor, env, args.eval_episodes, args.seed)
-    mean = float(np.mean(returns))
-    row = {"step": step, "eval/return_mean": mean, "eval/return_std": float(np.std(returns))}
-    rng = torch.Generator().manual_seed(step)
-    row |= ne.measure(agent, learner.buffer.sample(args.batch_size, rng=rng), progress)
+    row = ne.measure(agent, learner.buffer, progress, env, step)
     row["updates"] = progress.updates
-    progress.returns = []
-    print(f"step {step:,}: return {mean:,.1f}, mean Q {row['losses/qf_values']:,.1f}")
+    mean, q = row["eval/return_mean"], row["losses/qf_values"]
+    print(f"step {step:,}: return {mean:,.1f}, mean Q {q:,.1f}")
     return row
 
 
@@ -349,7 +345,6 @@ def main() -> None:
                 saved = step
             if stop.signal:
                 log.close()
-                lock.release()
                 stop.leave(step, folder)
             obs, _ = env.reset()
 
@@ -358,7 +353,6 @@ def main() -> None:
         hand_over(args, learner, eval_env, folder, stop)
     ne.save(folder, args, checkpoint, step, parts, finished=True)
     log.close()
-    lock.release()
     print(f"finished: {folder}, {(step - start) / (time.time() - started):.0f} steps/s")
 
 

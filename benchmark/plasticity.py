@@ -253,20 +253,19 @@ def last_half(x: np.ndarray, values: np.ndarray, start: float = 0) -> float:
     return float(values[x > (start + x[-1]) / 2].mean())
 
 
-def read_rung(folder: Path, seed: str) -> Rung:
-    random_steps = float(read_probes(folder / f"td3_{seed}")["before"]["step"])
-    returns = {}
-    for arm, name in (("td3", "results"), ("reset_primed", "results"), ("td3", "handed")):
-        file = folder / f"{arm}_{seed}" / f"{name}.csv"
-        value = math.nan
-        if file.exists():
-            steps, values = columns_of(file, "step", "eval/return_mean")
-            value = last_half(steps, values, random_steps if name == "results" else 0)
-        returns[arm, name] = value
-    steps, q = columns_of(folder / f"td3_{seed}" / "losses.csv", "step", "losses/abs_q")
+def read_rung(td3: Path, reset: Path | None) -> Rung:
+    random_steps = float(read_probes(td3)["before"]["step"])
+    columns = ("step", "eval/return_mean")
+    returns = [last_half(*columns_of(td3 / "results.csv", *columns), random_steps)]
+    returns += [math.nan, math.nan]
+    if reset is not None:
+        returns[1] = last_half(*columns_of(reset / "results.csv", *columns), random_steps)
+    if (td3 / "handed.csv").exists():
+        returns[2] = last_half(*columns_of(td3 / "handed.csv", *columns))
+    steps, q = columns_of(td3 / "losses.csv", "step", "losses/abs_q")
     primed = q[steps == random_steps]
     q_primed = primed[-1] if len(primed) else math.nan
-    return Rung(*returns.values(), q_primed, last_half(steps, q, random_steps))
+    return Rung(*returns, q_primed, last_half(steps, q, random_steps))
 
 
 def ladder_table(doses: dict[int, dict[str, Rung]]) -> str:
@@ -289,35 +288,38 @@ def ladder_table(doses: dict[int, dict[str, Rung]]) -> str:
     return drawing.markdown(head, lines)
 
 
-def ladder_picture(folder: Path, doses: dict[int, dict[str, Rung]]):
-    """Seeds thin, their means thick."""
-    figure, part = drawing.canvas(10, 3.8, "")
-    axes = part.subplots(1, 2)
-    for colour, (dose, rungs) in zip(drawing.COLOURS[4::-1], doses.items(), strict=False):
-        for arm, style in (("td3", "-"), ("reset_primed", ":")):
-            curves = {"results": [], "losses": []}
-            for seed in rungs:
-                own = folder / str(dose) / f"{arm}_{seed}"
-                if own.exists():
-                    names = ("step", "eval/return_mean")
-                    curves["results"].append(columns_of(own / "results.csv", *names))
-                    names = ("updates", "losses/abs_q")
-                    curves["losses"].append(columns_of(own / "losses.csv", *names))
-            look = {"color": colour, "linestyle": style}
-            for ax, lines in zip(axes, curves.values(), strict=True):
-                for x, y in lines:
-                    ax.plot(x, y, linewidth=0.6, alpha=0.4, **look)
-                if lines:
-                    mean = np.mean([y for _, y in lines], axis=0)
-                    label = f"{ARMS[arm].label}, {dose:,} updates" if dose else "TD3, not primed"
-                    ax.plot(lines[0][0], mean, linewidth=2, label=label, **look)
-    labels = (("step", "evaluation return"), ("update", "mean |Q| of a uniform batch"))
-    for ax, (x, y) in zip(axes, labels, strict=True):
+PANELS = (  # file of a run, its column, labels
+    ("results", "eval/return_mean", "evaluation return", "step"),
+    ("handed", "eval/return_mean", "return of a fresh TD3\non the same buffer", "update"),
+    ("losses", "losses/abs_q", "mean |Q| of a uniform batch", "update"),
+)
+
+
+def ladder_picture(runs: dict[int, dict[str, list[Path]]]):
+    """Seeds thin, their means thick. runs: {dose: {arm: folders}}."""
+    figure, part = drawing.canvas(12, 3.8, "")
+    axes = part.subplots(1, len(PANELS))
+    for colour, (dose, arms) in zip(drawing.COLOURS[4::-1], runs.items(), strict=False):
+        for arm, folders in arms.items():
+            look = {"color": colour, "linestyle": "-" if arm == "td3" else ":"}
+            label = f"{ARMS[arm].label}, {dose:,} updates" if dose else "TD3, not primed"
+            for ax, (name, column, *_) in zip(axes, PANELS, strict=True):
+                files = [own / f"{name}.csv" for own in folders]
+                x = "updates" if name == "losses" else "step"
+                curves = [columns_of(file, x, column) for file in files if file.exists()]
+                for own_x, y in curves:
+                    ax.plot(own_x, y, linewidth=0.6, alpha=0.4, **look)
+                if curves:
+                    mean = np.mean([y for _, y in curves], axis=0)
+                    ax.plot(curves[0][0], mean, linewidth=2, label=label, **look)
+    for ax, (*_, label, x) in zip(axes, PANELS, strict=True):
         drawing.dress(ax)
         ax.set_xlabel(x)
-        ax.set_ylabel(y)
-    axes[1].set_yscale("log")
-    part.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        ax.set_ylabel(label)
+    axes[2].set_yscale("log")
+    axes[2].yaxis.set_major_formatter("{x:g}")
+    handles = axes[0].get_legend_handles_labels()
+    part.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -329,17 +331,22 @@ def ladder(folder: tyro.conf.Positional[Path], /, out: Path = Path("ladder.png")
         out: where the PNG goes, and beside it the Markdown
     """
     drawing.check_picture(out)
+    runs = {}
     doses = {}
     for dose in sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()):
-        finished = run.finished_runs(folder / str(dose), ["td3"])["td3"]
-        seeds = [own.name.removeprefix("td3_") for own in finished]
-        doses[dose] = {seed: read_rung(folder / str(dose), seed) for seed in seeds}
+        runs[dose] = run.finished_runs(folder / str(dose), ["td3", "reset_primed"])
+        found = {own.name: own for folders in runs[dose].values() for own in folders}
+        seeds = [own.name.removeprefix("td3_") for own in runs[dose].get("td3", [])]
+        doses[dose] = {
+            seed: read_rung(found[f"td3_{seed}"], found.get(f"reset_primed_{seed}"))
+            for seed in seeds
+        }
     missing = [seed for rungs in doses.values() for seed in rungs if seed not in doses.get(0, {})]
     if missing or not doses:
         drawing.die(f"{folder}/0 must hold TD3, not primed, of each seed")
     page = ladder_table(doses)
     print(page)
-    files = {out: lambda file: drawing.save(ladder_picture(folder, doses), file)}
+    files = {out: lambda file: drawing.save(ladder_picture(runs), file)}
     files[out.with_suffix(".md")] = lambda file: file.write_text(page)
     drawing.write(files)
 

@@ -34,7 +34,7 @@ class Arm(NamedTuple):
     label: str
     script: ModuleType  # of the agent
     flags: dict = {}  # of the script
-    reset_primed: bool = False  # once, right after priming
+    reset_primed: str = ""  # once, right after priming: all, actor, outputs (of the critics)
 
 
 # as many weights as the sparse networks have at the start, on HalfCheetah
@@ -47,7 +47,10 @@ ARMS = {
     "redo": Arm("ReDo", td3, {"method": "redo"}),
     # once, at half of the run: see `script_args`
     "reset": Arm("Reset", td3, {"method": "reset"}),
-    "reset_primed": Arm("TD3, reset after priming", td3, reset_primed=True),
+    "reset_primed": Arm("TD3, reset after priming", td3, reset_primed="all"),
+    # the actor, or what scales the values: which of the two does an agent suffer from?
+    "reset_actor": Arm("TD3, actor reset after priming", td3, reset_primed="actor"),
+    "reset_outputs": Arm("TD3, critics' outputs reset", td3, reset_primed="outputs"),
     "regrama": Arm("ReGraMa", td3, {"method": "regrama"}),
     "recency": Arm("recency", td3, {"method": "recency"}),
     "ne": Arm("NE", ne),
@@ -232,6 +235,25 @@ def evaluate(args: Args, learner: Learner, env, step: int) -> dict[str, float]:
     return row
 
 
+@torch.no_grad()
+def reset_part(agent: td3.Agent, part: str) -> None:
+    """Of a reset, with Adam's state and the targets: all, the actor, the critics' outputs."""
+    if part == "all":
+        td3.reset(agent)
+    if part == "actor":
+        td3.draw_all(agent.networks["actor"], agent.rng)
+        agent.networks["actor"].update_targets(tau=1.0)
+    if part == "outputs":
+        network = agent.networks["critic"]
+        for critic in network.mlps:
+            layer = critic.layers[-1]
+            for p, fresh in zip(layer.parameters(), td3.draw(layer, agent.rng), strict=True):
+                p.copy_(fresh)
+                for value in network.optimizer.state[p].values():
+                    value.zero_()
+        network.update_targets(tau=1.0)
+
+
 def prime(args: Args, learner: Learner, folder: Path, stop: ne.Stop) -> None:
     """Updates on what is in the buffer; the environment stands still."""
     started = time.time()
@@ -244,8 +266,7 @@ def prime(args: Args, learner: Learner, folder: Path, stop: ne.Stop) -> None:
         if stop.signal:
             print("stopped while priming, from which no run continues")
             raise SystemExit(0)
-    if learner.arm.reset_primed:
-        learner.arm.script.reset(learner.agent)
+    reset_part(learner.agent, learner.arm.reset_primed)
     speed = args.priming_updates / max(time.time() - started, 1e-9)
     print(f"primed with {args.priming_updates:,} updates, {speed:.0f} per second")
 

@@ -14,7 +14,7 @@ import priming
 import probes
 import run
 from baselines import td3_continuous as td3
-from helpers import call, run_here
+from helpers import call, equal, make_agent, run_here, train, values
 
 SMALL = "--env-id fake_task:Plain-v0 --actor-hidden 24 16 --critic-hidden 24 16 --batch-size 32"
 SMALL += " --buffer-size 1000 --gamma 0.95 --no-cuda --learning-starts 200 --eval-frequency 100"
@@ -125,6 +125,37 @@ def test_a_fresh_agent_is_handed_the_buffer(primed, tmp_path):
     assert column(folder / "handed.csv", "ne/critic/density") == [1, 1, 1]
     losses = column(folder / "handed.csv", "losses/qf_loss")
     assert losses[0] > losses[-1]
+
+
+NETWORK_OF = {"actor": "actor", "critic_1": "critic", "critic_2": "critic"}
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("", ["000000", "000000", "000000"]),
+        ("actor", ["111111", "000000", "000000"]),
+        ("outputs", ["000000", "000011", "000011"]),
+        ("all", ["111111", "111111", "111111"]),
+    ],
+)
+def test_what_is_reset_after_priming(part, expected):
+    """Of each network three layers, a weight and a bias each."""
+    agent, buffer = make_agent(td3)
+    train(agent, buffer, 20)
+    before = {name: values(getattr(agent, name)) for name in NETWORK_OF}
+    priming.reset_part(agent, part)
+    changed = {}
+    for name, network in NETWORK_OF.items():
+        mlp = getattr(agent, name)
+        state = agent.networks[network].optimizer.state
+        new = []
+        for p, old in zip(mlp.parameters(), before[name], strict=True):
+            new.append(not torch.equal(p, old))
+            assert new[-1] != any(value.any() for value in state[p].values())
+        assert not any(new) or equal(values(mlp), values(getattr(agent, f"target_{name}")))
+        changed[name] = "".join("01"[is_new] for is_new in new)
+    assert changed == dict(zip(NETWORK_OF, expected, strict=True))
 
 
 def test_the_small_dense_networks_have_the_weights_of_the_sparse_ones():

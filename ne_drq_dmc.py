@@ -846,6 +846,7 @@ def evaluate(policy: Policy, env: PixelEnv, episodes: int, seed: int) -> list[fl
     return returns
 
 
+# --- training -----------------------------------------------------------------
 def measure(agent: Agent, buffer: ReplayBuffer, progress: Progress, env, step: int) -> dict:
     """A row of results.csv: an evaluation, then of a uniform batch."""
     args = agent.args
@@ -896,7 +897,6 @@ def check_steps(args: DrQArgs, *names: str) -> None:
             die(f"{flag} must be a multiple of --action-repeat, got {value}")
 
 
-# --- training -----------------------------------------------------------------
 def main() -> None:
     # --- setup ---
     args, checkpoint = parse_args(Args)

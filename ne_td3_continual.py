@@ -654,6 +654,7 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float
     return returns
 
 
+# --- training -----------------------------------------------------------------
 def evaluate_tasks(agent, buffer, progress, envs, step: int, folder: Path, log) -> None:
     """Adds a row for each task to results.csv; they differ in the evaluation only."""
     args = agent.args
@@ -753,7 +754,6 @@ def fast_updates(args: Args, agent: Agent, buffer: ReplayBuffer):
     return agent.update_critic, agent.update_actor
 
 
-# --- training -----------------------------------------------------------------
 def main() -> None:
     # --- setup ---
     args, checkpoint = parse_args(Args)

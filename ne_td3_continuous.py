@@ -580,6 +580,7 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> list[float
     return returns
 
 
+# --- training -----------------------------------------------------------------
 def measure(agent: Agent, buffer: ReplayBuffer, progress: Progress, env, step: int) -> dict:
     """A row of results.csv: an evaluation, then of a uniform batch."""
     args = agent.args
@@ -623,7 +624,6 @@ def fast_updates(args: Args, agent: Agent, buffer: ReplayBuffer):
     return agent.update_critic, agent.update_actor
 
 
-# --- training -----------------------------------------------------------------
 def main() -> None:
     # --- setup ---
     args, checkpoint = parse_args(Args)

@@ -471,23 +471,14 @@ def solve_grow_rate(args: Args) -> float:
 
 
 def growth_plan(args: Args) -> str:
-    """What density to expect at the end and at the start of each task."""
+    """One line that says what density to expect."""
     density = args.initial_density if args.ne_actor or args.ne_critic else 1.0
     inactive = 1 - density
-    starts = []
-    rounds = 0
-    end = 0
-    for length in args.cycles * args.task_lengths:
-        starts.append(f"{1 - inactive:.0%}")
-        end += length
-        for step in growth_rounds(args):
-            if end - length < step <= end:
-                inactive *= 1 - growth_fraction(args, step, args.grow_rate)
-                rounds += 1
-    plan = f"topology: {density:.0%} -> {1 - inactive:.0%} in {rounds} rounds, less what is pruned"
-    if args.episodes_per_task is not None:
-        plan += ", if no episode ends early"
-    return f"{plan}\ndensity at the start of each task: {', '.join(starts)}"
+    rounds = [step for step in growth_rounds(args) if step <= args.total_timesteps]
+    for step in rounds:
+        inactive *= 1 - growth_fraction(args, step, args.grow_rate)
+    end = f"{1 - inactive:.0%} in {len(rounds)} rounds"
+    return f"topology: {density:.0%} -> {end}, less what is pruned"
 
 
 def topology_round(agent: Agent, batch: Batch, step: int) -> None:

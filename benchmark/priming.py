@@ -286,14 +286,16 @@ def hand_over(args: Args, learner: Learner, env, folder: Path, stop: ne.Stop) ->
     device = buffer.data.device
     fresh = Learner(replace(args, arm="td3"), buffer.n_obs, buffer.n_act, device, buffer)
     last = learner.progress.updates
+    rows = []
     for update in range(1, last + 1):
         fresh.update()
         if update % args.eval_frequency == 0 or update == last:
-            row = evaluate(args, fresh, env, update)
-            fresh.progress.write(folder / "handed.csv", row)
+            rows.append(evaluate(args, fresh, env, update))
         if stop.signal:
             print(f"stopped while handing over, which --resume {folder} does anew")
             raise SystemExit(0)
+    for row in rows:  # only once it is whole
+        fresh.progress.write(folder / "handed.csv", row)
 
 
 def main() -> None:

@@ -333,8 +333,9 @@ def ladder(folder: tyro.conf.Positional[Path], /, out: Path = Path("ladder.png")
     drawing.check_picture(out)
     runs = {}
     doses = {}
+    steps = max(map(run.last_step, folder.glob("*/td3_seed*")), default=0)
     for dose in sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()):
-        runs[dose] = run.finished_runs(folder / str(dose), ["td3", "reset_primed"])
+        runs[dose] = run.finished_runs(folder / str(dose), ["td3", "reset_primed"], steps)
         found = {own.name: own for folders in runs[dose].values() for own in folders}
         seeds = [own.name.removeprefix("td3_") for own in runs[dose].get("td3", [])]
         doses[dose] = {

@@ -241,6 +241,7 @@ class Rung(NamedTuple):
     fresh: float  # on TD3's buffer, over the last half of its updates; NaN: not run
     q_primed: float  # mean |Q| of TD3 right after priming
     q_late: float  # over the last half
+    td3_first: float  # return of TD3 over the first half
 
 
 def columns_of(file: Path, *names: str) -> list[np.ndarray]:
@@ -256,8 +257,9 @@ def last_half(x: np.ndarray, values: np.ndarray, start: float = 0) -> float:
 def read_rung(td3: Path, reset: Path | None) -> Rung:
     random_steps = float(read_probes(td3)["before"]["step"])
     columns = ("step", "eval/return_mean")
-    returns = [last_half(*columns_of(td3 / "results.csv", *columns), random_steps)]
-    returns += [math.nan, math.nan]
+    steps, own = columns_of(td3 / "results.csv", *columns)
+    returns = [last_half(steps, own, random_steps), math.nan, math.nan]
+    td3_first = float(own[steps <= (random_steps + steps[-1]) / 2].mean())
     if reset is not None:
         returns[1] = last_half(*columns_of(reset / "results.csv", *columns), random_steps)
     if (td3 / "handed.csv").exists():
@@ -265,7 +267,7 @@ def read_rung(td3: Path, reset: Path | None) -> Rung:
     steps, q = columns_of(td3 / "losses.csv", "step", "losses/abs_q")
     primed = q[steps == random_steps]
     q_primed = primed[-1] if len(primed) else math.nan
-    return Rung(*returns, q_primed, last_half(steps, q, random_steps))
+    return Rung(*returns, q_primed, last_half(steps, q, random_steps), td3_first)
 
 
 def ladder_table(doses: dict[int, dict[str, Rung]]) -> str:
@@ -282,9 +284,24 @@ def ladder_table(doses: dict[int, dict[str, Rung]]) -> str:
                 for value, share in zip(own[:3], shares, strict=True)
             ]
             passes = shares[0] <= 0.5 and max(np.nan_to_num(shares[1:])) >= 0.8
-            qs = ["–" if math.isnan(q) else f"{q:,.0f}" for q in own[3:]]
+            qs = ["–" if math.isnan(q) else f"{q:,.0f}" for q in own[3:5]]
             lines.append([f"{dose:,}", seed.removeprefix("seed"), *cells])
             lines[-1] += ["–" if dose == 0 else "yes" if passes else "no", *qs]
+    return drawing.markdown(head, lines)
+
+
+def cost_table(doses: dict[int, dict[str, Rung]]) -> str:
+    """What a dose costs TD3: means over the seeds, and differences from none."""
+    head = ["dose", "seeds", "first half", "minus dose 0", "last half", "minus dose 0"]
+    lines = []
+    for dose, rungs in doses.items():
+        lines.append([f"{dose:,}", str(len(rungs))])
+        for half in ("td3_first", "td3"):
+            own, none = (
+                np.array([getattr(rung, half) for rung in doses[d].values()]) for d in (dose, 0)
+            )
+            minus = estimate([own], [none]) if dose else estimate([np.array([])])
+            lines[-1] += [f"{estimate([own]):,.0f}", f"{minus:,.0f}"]
     return drawing.markdown(head, lines)
 
 
@@ -345,7 +362,7 @@ def ladder(folder: tyro.conf.Positional[Path], /, out: Path = Path("ladder.png")
     missing = [seed for rungs in doses.values() for seed in rungs if seed not in doses.get(0, {})]
     if missing or not doses:
         drawing.die(f"{folder}/0 must hold TD3, not primed, of each seed")
-    page = ladder_table(doses)
+    page = ladder_table(doses) + "\n" + cost_table(doses)
     print(page)
     files = {out: lambda file: drawing.save(ladder_picture(runs), file)}
     files[out.with_suffix(".md")] = lambda file: file.write_text(page)

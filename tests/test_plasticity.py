@@ -345,6 +345,9 @@ def test_ladder(tmp_path, capsys):
     assert "| 50,000 | 1 | 500 (50%) | 800 (80%) | 100 (10%) | yes | 66 | 5 |" in out
     assert "| 50,000 | 2 | 510 (51%) | 900 (90%) | 100 (10%) | no | 66 | 5 |" in out
     assert "| 50,000 | 3 | 100 (5%) | 200 (10%) | 1,700 (85%) | yes | 66 | 5 |" in out
+    # the first half has no return; of the last, as scipy.stats.ttest_1samp and ttest_ind say
+    costs = "| 50,000 | 3 | 0 | 0 | 370 [-211, 951] | -963 [-2,202, 275] |"
+    assert costs in out
     assert picture.stat().st_size > 10_000
     code, _, err = call(capsys, plasticity, "ladder", tmp_path / "none")
     assert code == 2 and "must hold TD3, not primed" in err

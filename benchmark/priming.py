@@ -35,7 +35,7 @@ class Arm(NamedTuple):
     script: ModuleType  # of the agent
     flags: dict = {}  # of the script
     reset_primed: str = ""  # once, right after priming: all, actor, outputs (of the critics)
-    while_priming: bool = False  # NE acts then, too
+    while_priming: bool = False  # NE acts then, too: see below
 
 
 # as many weights as the sparse networks have at the start, on HalfCheetah
@@ -62,6 +62,9 @@ ARMS = {
     # a sparse start, and nothing else of NE
     "static": Arm("static sparse", ne, {"growth": "none", "review_floor": 1.0}),
 }
+# NE's rounds and reviews are spread over all updates. In the arms above they are spread over
+# the normal steps only, as the scripts count environment steps, and none passes while priming;
+# ReDo and ReGraMa count updates, so they always act
 for name in ("ne", "ne_layer_norm", "ne_no_review", "random_growth"):
     label = f"{ARMS[name].label}, while priming"
     ARMS[f"{name}_while"] = ARMS[name]._replace(label=label, while_priming=True)
@@ -74,10 +77,6 @@ class PrimingArgs:
 
     arm: ArmName = "ne"  # the agent
     priming_updates: int = 50_000  # on the transitions of the random steps (ours)
-    growth_while_priming: bool = False
-    """NE acts while priming, too, as in the arms named so: its rounds and reviews are spread
-    over all updates. Off: over the normal steps only, as the scripts count environment steps,
-    and none passes while priming. ReDo and ReGraMa count updates, so they always act"""
     loss_frequency: int = 500  # updates between two rows of losses.csv, priming included
     hand_over: bool = False
     """At the end a fresh TD3 is trained on the buffer for as many updates (handed.csv)"""
@@ -108,10 +107,6 @@ ne.LIMITS["priming_updates"] = (0, 10**9)
 
 
 # --- arms ---------------------------------------------------------------------
-def acts_while_priming(args: Args) -> bool:
-    return args.growth_while_priming or ARMS[args.arm].while_priming
-
-
 def script_args(args: Args):
     """The arguments of the arm's script."""
     arm = ARMS[args.arm]
@@ -121,7 +116,7 @@ def script_args(args: Args):
     if args.arm == "reset":
         own.reset_interval = math.ceil(args.total_timesteps / 2)
     if arm.script is ne:
-        if acts_while_priming(args):
+        if arm.while_priming:
             own.total_timesteps += args.priming_updates
         ne.scale_to_run(own)
     return own
@@ -265,7 +260,7 @@ def reset_part(agent: td3.Agent, part: str) -> None:
 def prime(args: Args, learner: Learner, folder: Path, stop: ne.Stop) -> None:
     """Updates on what is in the buffer; the environment stands still."""
     started = time.time()
-    acting = acts_while_priming(args)
+    acting = learner.arm.while_priming
     for update in range(1, args.priming_updates + 1):
         learner.update(acting)
         if acting:
@@ -327,6 +322,7 @@ def main() -> None:
     saved = start
     started = time.time()
     last = args.total_timesteps
+    updates_before = args.priming_updates if learner.arm.while_priming else 0
     for step in range(start + 1, last + 1):
         # act
         if step <= args.learning_starts:
@@ -355,7 +351,7 @@ def main() -> None:
 
         # rounds, resets, priming
         if step > args.learning_starts:
-            learner.round(step + args.priming_updates * acts_while_priming(args))
+            learner.round(step + updates_before)
         if learner.method == "reset" and step % learner.args.reset_interval == 0 and step < last:
             td3.reset(agent)
         if step == args.learning_starts:

@@ -347,5 +347,8 @@ def test_ladder(tmp_path, capsys):
     costs = "| 50,000 | 3 | 0 | 0 | 370 [-211, 951] | -963 [-2,202, 275] |"
     assert costs in out
     assert picture.stat().st_size > 10_000
+    synthetic(tmp_path / "25000", 100, "td3", steps=35_000)  # still going
+    code, _, err = call(capsys, plasticity, "ladder", tmp_path)
+    assert code == 2 and "there are no finished runs of td3" in err
     code, _, err = call(capsys, plasticity, "ladder", tmp_path / "none")
     assert code == 2 and "must hold TD3, not primed" in err

@@ -62,6 +62,7 @@ PROBES = {  # column of probes.csv: its format
     "actor/fit_ratio": ".2f",
     "critic/fit_ratio": ".2f",
     "critic/srank": ".0f",
+    "actor/saturated": ".1%",
     "actor/dormant_0": ".1%",
     "critic/dormant_0": ".1%",
     "actor/dormant_0.1": ".1%",
@@ -73,6 +74,8 @@ PROBES = {  # column of probes.csv: its format
 }
 
 
+SATURATED = "actor/saturated"  # earlier runs have none
+
 POINTS = ("before", "after", "end")  # of priming and of the run
 
 Values = dict[str, np.ndarray]  # {arm: (seeds,), one number per seed}
@@ -80,15 +83,15 @@ Values = dict[str, np.ndarray]  # {arm: (seeds,), one number per seed}
 
 def read_probes(folder: Path) -> dict[str, dict[str, str]]:
     """{point: row}. Raises: SystemExit(2) for a damaged file."""
-    rows = drawing.read_rows(folder / "probes.csv", ["point", *PROBES])
+    rows = drawing.read_rows(folder / "probes.csv", ["point", *PROBES.keys() - {SATURATED}])
     points = {row["point"]: row for row in rows}
     if tuple(points) != POINTS:
         drawing.die(f"{folder / 'probes.csv'} must have the points {POINTS}, got {tuple(points)}")
     return points
 
 
-def scores_of(runs: dict[str, list[Path]], from_step: int) -> dict[str, Values]:
-    """Mean return of the last two evaluations, and from a step on; fits after priming."""
+def scores_of(runs: dict[str, list[Path]], from_step: int, to_step: int) -> dict[str, Values]:
+    """Mean return of the last two evaluations, and between two steps; fits after priming."""
     scores = {"late": {}, "whole": {}, "actor": {}, "critic": {}}
     for arm, folders in runs.items():
         found = []
@@ -98,7 +101,8 @@ def scores_of(runs: dict[str, list[Path]], from_step: int) -> dict[str, Values]:
             returns = np.array([float(row["eval/return_mean"]) for row in rows])
             primed = read_probes(folder)["after"]
             fits = [float(primed[f"{name}/fit_ratio"]) for name in ("actor", "critic")]
-            found.append([returns[-2:].mean(), returns[steps >= from_step].mean(), *fits])
+            chosen = (from_step <= steps) & (steps <= to_step)
+            found.append([returns[-2:].mean(), returns[chosen].mean(), *fits])
         for values, own in zip(scores.values(), np.array(found).T, strict=True):
             values[arm] = own
     return scores
@@ -139,15 +143,15 @@ def control_table(scores: dict, control: dict, titles: dict[str, str]) -> str:
 
 
 def probes_table(runs: dict[str, list[Path]]) -> str:
-    """Means over the seeds."""
+    """Means over the seeds that have a value."""
     lines = []
     for arm, folders in runs.items():
         rows = [read_probes(folder) for folder in folders]
         for point in POINTS:
             cells = [arm, point]
             for column, spec in PROBES.items():
-                values = [float(row[point][column]) for row in rows]
-                cells.append(format(np.mean(values), spec))
+                values = [float(row[point][column]) for row in rows if column in row[point]]
+                cells.append(format(np.mean(values), spec) if values else "–")
             lines.append(cells)
     return drawing.markdown(["arm", "point", *PROBES], lines)
 
@@ -198,6 +202,7 @@ def table(
     control: Path | None = None,
     reference: ArmName = "td3",
     from_step: int = 25_000,
+    to_step: int = 10**9,
     out: Path = Path("priming.png"),
 ) -> None:
     """Markdown: returns, trainability, their 95% intervals, the probes' means; and a picture.
@@ -209,12 +214,14 @@ def table(
         control: folder of runs with --priming-updates 0, for a table of what priming adds
         reference: the arm that the others are compared with
         from_step: environment step from which the second return is averaged
+        to_step: up to which it is
         out: where the PNG goes, and beside it the Markdown
     """
     drawing.check_picture(out)
     runs = run.finished_runs(folder, ARMS)
-    scores = scores_of(runs, from_step)
-    titles = {"late": "last two evaluations", "whole": f"from step {from_step:,} on"}
+    scores = scores_of(runs, from_step, to_step)
+    steps = f"from step {from_step:,} " + (f"to {to_step:,}" if to_step < 10**9 else "on")
+    titles = {"late": "last two evaluations", "whole": steps}
     fits = {"actor": "actor's loss on new targets, of a fresh network's"}
     fits["critic"] = fits["actor"].replace("actor", "critic")
     tables = [
@@ -222,7 +229,7 @@ def table(
         versus_table(scores, fits, ".2f", reference),
     ]
     if control is not None:
-        unprimed = scores_of(run.finished_runs(control, ARMS), from_step)
+        unprimed = scores_of(run.finished_runs(control, ARMS), from_step, to_step)
         tables.append(control_table(scores, unprimed, titles))
     tables.append(probes_table(runs))
     page = "\n".join(tables)

@@ -89,6 +89,12 @@ def dormant_share(hidden: list[torch.Tensor], tau: float) -> float:
     return float((scores <= tau).float().mean())
 
 
+@torch.no_grad()
+def saturated_share(actor: nn.Module, obs: torch.Tensor) -> float:
+    """Of the actions (B, n) at exactly -1 or 1: their tanh passes no gradient on, in float32."""
+    return float((linear_output(actor, obs).tanh().abs() == 1).float().mean())
+
+
 def weight_norm(mlp: nn.Module) -> float:
     """Euclidean norm of all weights, without biases."""
     return math.sqrt(sum(float(layer.weight.detach().square().sum()) for layer in mlp.layers))
@@ -159,5 +165,6 @@ def probe(args, agent: nn.Module, buffer, env) -> dict[str, float]:
         for tau in (0.0, 0.025, 0.1):
             row[f"{name}/dormant_{tau:g}"] = dormant_share(hidden, tau)
         row[f"{name}/weight_norm"] = weight_norm(mlp)
+    row["actor/saturated"] = saturated_share(agent.actor, batch.obs)
     row["critic/srank"] = effective_rank(agent.critic_1.hidden(batch)[-1])
     return row | overestimation(agent, env, args.gamma, args.probe_episodes, args.seed)

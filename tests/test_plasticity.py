@@ -244,6 +244,16 @@ def test_effective_rank():
     assert probes.effective_rank(torch.diag(torch.tensor([99.5, 0.3, 0.2]))) == 1
 
 
+def test_saturated_actions_pass_no_gradient_on():
+    torch.manual_seed(0)
+    actor = ne.Actor([6, 16, 3], False)
+    assert probes.saturated_share(actor, X) == 0
+    actor.layers[-1].bias.data[1] = -20.0
+    assert probes.saturated_share(actor, X) == pytest.approx(1 / 3)
+    actor(X).sum().backward()
+    assert torch.equal(actor.layers[-1].bias.grad != 0, torch.tensor([True, False, True]))
+
+
 class Countdown(gym.Env):
     """Reward 1 in each of 20 steps, then the episode terminates or is cut off."""
 
@@ -302,6 +312,8 @@ def test_table_and_picture(tmp_path, capsys):
     synthetic_arms(tmp_path, {"td3": 100, "ne": 200})
     synthetic(tmp_path, 150, "static")
     synthetic(tmp_path, 150, "redo", steps=35_000)
+    earlier = tmp_path / "static_seed1" / "probes.csv"
+    earlier.write_text(earlier.read_text().replace("actor/saturated", "other"))
     picture = tmp_path / "priming.png"
     _, out, err = call(capsys, plasticity, "table", tmp_path, "--out", picture)
     assert "left out: redo_seed1 is at step 35,000 of 40,000" in err
@@ -313,8 +325,14 @@ def test_table_and_picture(tmp_path, capsys):
     assert "| static | 1 | 150 | 50 | – | 150 | 50 | – |" in returns
     assert "| ne | 3 | 1.00 | 0.00 | – | 1.00 | 0.00 | – |" in fits
     assert "| ne | after | 1.00 | 1.00 | 1 | 100.0% |" in of_probes
+    assert "| static | after | 1.00 | 1.00 | 1 | – |" in of_probes
     assert out.startswith((tmp_path / "priming.md").read_text())
     assert picture.stat().st_size > 10_000
+    # returns are 0 before step 25,000
+    steps = ("--from-step", "10_000", "--to-step", "30_000")
+    _, out, _ = call(capsys, plasticity, "table", tmp_path, *steps, "--out", picture)
+    assert "from step 10,000 to 30,000" in out
+    assert "| 40 [30, 50] | – | – |" in out.split("\n\n")[0]
 
 
 def test_ladder(tmp_path, capsys):

@@ -112,11 +112,16 @@ def test_growth_while_priming(primed):
     assert epsilons[0][1] < 1 == epsilons[1][1] > epsilons[1][2]
 
 
-def test_a_fresh_agent_is_handed_the_buffer(primed, tmp_path):
+@pytest.mark.parametrize(
+    ("due", "code"),
+    [({390: "SIGKILL"}, -9), ({400: "SIGTERM"}, 0)],  # the second stops the handing over
+)
+def test_a_fresh_agent_is_handed_the_buffer(due, code, primed, tmp_path):
     """As many updates, of a dense agent, on the same transitions; the run stays the same."""
     folder = tmp_path / "ne"
     flags = f"{PRIMING} --arm ne --run-dir {folder} --hand-over"
-    assert run_here(flags, priming, due={390: "SIGKILL"}) == -9
+    assert run_here(flags, priming, due=due) == code
+    assert not (folder / "handed.csv").exists()
     assert run_here(f"--resume {folder}", priming) == 0
     for name in FILES:
         assert (folder / name).read_bytes() == (primed["ne"] / name).read_bytes()

@@ -34,7 +34,7 @@ class Arm(NamedTuple):
     label: str
     script: ModuleType  # of the agent
     flags: dict = {}  # of the script
-    reset_primed: str = ""  # once, right after priming: all, actor, outputs (of the critics)
+    reset_primed: str = ""  # once, right after priming: all, actor, critic, outputs (its)
     while_priming: bool = False  # NE acts then, too: see below
 
 
@@ -49,8 +49,9 @@ ARMS = {
     # once, at half of the run: see `script_args`
     "reset": Arm("Reset", td3, {"method": "reset"}),
     "reset_primed": Arm("TD3, reset after priming", td3, reset_primed="all"),
-    # the actor, or what scales the values: which of the two does an agent suffer from?
+    # the actor, the critics, or what scales the values: which does an agent suffer from?
     "reset_actor": Arm("TD3, actor reset after priming", td3, reset_primed="actor"),
+    "reset_critics": Arm("TD3, critics reset after priming", td3, reset_primed="critic"),
     "reset_outputs": Arm("TD3, critics' outputs reset", td3, reset_primed="outputs"),
     "regrama": Arm("ReGraMa", td3, {"method": "regrama"}),
     "recency": Arm("recency", td3, {"method": "recency"}),
@@ -240,12 +241,12 @@ def evaluate(args: Args, learner: Learner, env, step: int) -> dict[str, float]:
 
 @torch.no_grad()
 def reset_part(agent: td3.Agent, part: str) -> None:
-    """Of a reset, with Adam's state and the targets: all, the actor, the critics' outputs."""
+    """Of a reset, with Adam's state and the targets: all, the actor, the critics, their outputs."""
     if part == "all":
         td3.reset(agent)
-    if part == "actor":
-        td3.draw_all(agent.networks["actor"], agent.rng)
-        agent.networks["actor"].update_targets(tau=1.0)
+    if part in agent.networks:
+        td3.draw_all(agent.networks[part], agent.rng)
+        agent.networks[part].update_targets(tau=1.0)
     if part == "outputs":
         network = agent.networks["critic"]
         for critic in network.mlps:

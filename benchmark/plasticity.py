@@ -144,16 +144,18 @@ def control_table(scores: dict, control: dict, titles: dict[str, str]) -> str:
 
 def probes_table(runs: dict[str, list[Path]]) -> str:
     """Means over the seeds that have a value."""
+    probed = {arm: [read_probes(folder) for folder in folders] for arm, folders in runs.items()}
+    known = {column for rows in probed.values() for row in rows for column in row["end"]}
+    columns = [column for column in PROBES if column in known]
     lines = []
-    for arm, folders in runs.items():
-        rows = [read_probes(folder) for folder in folders]
+    for arm, rows in probed.items():
         for point in POINTS:
             cells = [arm, point]
-            for column, spec in PROBES.items():
+            for column in columns:
                 values = [float(row[point][column]) for row in rows if column in row[point]]
-                cells.append(format(np.mean(values), spec) if values else "–")
+                cells.append(format(np.mean(values), PROBES[column]) if values else "–")
             lines.append(cells)
-    return drawing.markdown(["arm", "point", *PROBES], lines)
+    return drawing.markdown(["arm", "point", *columns], lines)
 
 
 def draw_arms(ax, values: Values, fill: str = "full", above: float = 0) -> None:
@@ -170,7 +172,7 @@ def draw_arms(ax, values: Values, fill: str = "full", above: float = 0) -> None:
 
 def picture(scores: dict[str, Values], titles: dict[str, str]):
     """Both returns, and how well the primed networks learn; TD3's means are dotted."""
-    figure, part = drawing.canvas(10, 0.32 * len(scores["late"]) + 1.2, "")
+    figure, part = drawing.canvas(11, 0.32 * len(scores["late"]) + 1.2, "")
     axes = part.subplots(1, 3, sharey=True)
     dotted = {"color": "#999999", "linewidth": 1, "linestyle": ":"}
     for ax, (name, title) in zip(axes, titles.items(), strict=False):
@@ -290,10 +292,13 @@ def ladder_table(doses: dict[int, dict[str, Rung]]) -> str:
                 "–" if math.isnan(value) else f"{value:,.0f} ({share:.0%})"
                 for value, share in zip(own[:3], shares, strict=True)
             ]
-            passes = shares[0] <= 0.5 and max(np.nan_to_num(shares[1:])) >= 0.8
+            cures = [share for share in shares[1:] if not math.isnan(share)]
+            lost = shares[0] <= 0.5
+            known = dose > 0 and (cures or not lost)
+            verdict = "yes" if lost and cures and max(cures) >= 0.8 else "no"
             qs = ["–" if math.isnan(q) else f"{q:,.0f}" for q in own[3:5]]
             lines.append([f"{dose:,}", seed.removeprefix("seed"), *cells])
-            lines[-1] += ["–" if dose == 0 else "yes" if passes else "no", *qs]
+            lines[-1] += [verdict if known else "–", *qs]
     return drawing.markdown(head, lines)
 
 

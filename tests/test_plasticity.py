@@ -371,6 +371,10 @@ def test_ladder(tmp_path, capsys):
     costs = "| 50,000 | 3 | 0 | 0 | 370 [-211, 951] | -963 [-2,202, 275] |"
     assert costs in out
     assert picture.stat().st_size > 10_000
+    (tmp_path / "50000" / "td3_seed1" / "handed.csv").unlink()
+    (tmp_path / "50000" / "reset_primed_seed1" / "results.csv").unlink()
+    _, out, _ = call(capsys, plasticity, "ladder", tmp_path, "--out", picture)
+    assert "| 50,000 | 1 | 500 (50%) | – | – | – | 66 | 5 |" in out  # no cure is known
     synthetic(tmp_path / "25000", 100, "td3", steps=35_000)  # still going
     code, _, err = call(capsys, plasticity, "ladder", tmp_path)
     assert code == 2 and "there are no finished runs of td3" in err

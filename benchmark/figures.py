@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import drawing
 import matrix
 from drawing import COLOURS, Panel, markdown
-from estimates import aggregate, iqm, ratio_of_spreads, versus
+from estimates import aggregate, estimate, iqm, ratio_of_spreads, versus
 
 (RETURN,) = drawing.RETURN.columns
 FEW = 4  # fewer seeds have no interval that means 95%
@@ -201,15 +201,16 @@ def table(results: Results) -> str:
 
 
 def differences(columns: list[tuple], reference: str) -> str:
-    """Markdown: differences from the reference, for columns (title, {label: (seeds,)}, format).
+    """Markdown: differences from the reference.
 
+    Columns are (title, {label: (seeds,)}, format) and, if needed, what compares two of its values;
     p is of no difference, corrected for the number of methods (Holm).
     """
     head = ["95% interval (Welch)"]
     cells = {label: [label] for label in columns[0][1] if label != reference}
-    for title, values, spec in columns:
+    for title, values, spec, *compare in columns:
         head += [f"{title}, minus {reference}", "p"]
-        compared = versus(values, reference, spec)
+        compared = versus(values, reference, spec, *compare)
         for label, row in cells.items():
             row += compared[label]
     return markdown(head, cells.values())
@@ -241,6 +242,12 @@ def page_of(results: Results) -> str:
             columns.append((task, results.final(task, RETURN), "z,.0f"))  # z: no "-0"
             ratios = results.final(task, drawing.RATIO.columns[0])
             columns.append((f"{task}, critics' active ratio", ratios, "z.2f"))
+        scores = normalised(results)
+        if len(scores) > 1:  # `estimate` adds the tasks' means
+            means = {}
+            for label in results.runs:
+                means[label] = [own / len(scores) for own in scores_of(scores, label)]
+            columns.append(("mean of the normalised", means, "z.2f", estimate))
         tables += [differences(columns, results.reference), spreads(results)]
     return "\n".join([*tables, f"{caption(results)}\n"])
 

@@ -53,6 +53,9 @@ METHODS = {  # name in folders and file names: method
     "gradient_uniform": Method("gradient growth, uniform start", NE, GROWTH + UNIFORM),
     "gradient_erdos_renyi": Method("gradient growth", NE, GROWTH),
     "ne_td3_no_review": Method("NE without review", NE, "--review-floor 1"),
+    # --- how often to review (§4.2; floor and rule are ours) ---
+    "ne_td3_floor_90": Method("NE, floor 0.9", NE, "--review-floor 0.9"),
+    "ne_td3_fau": Method("NE, rule fau", NE, "--review-rule fau"),
     # --- parts of NE (§5.1, Figure 7; what its reviewers asked for) ---
     "ne_td3_actor_only": Method("NE on the actor only", NE, "--no-ne-critic"),
     "ne_td3_critic_only": Method("NE on the critics only", NE, "--no-ne-actor"),
@@ -195,6 +198,13 @@ FIGURES = {
     "replay": Figure(
         "Reviews of old experience against a preference for recent experience",
         (*NE_AND_TD3, "ne_td3_no_review", "td3_recency"),
+    ),
+    "review": Figure(
+        "Which review: floor 0.65 (NE-TD3) or 0.9, the authors' rule, none?",
+        ("ne_td3_no_review", "ne_td3", "ne_td3_floor_90", "ne_td3_fau"),
+        ("HalfCheetah-v5", "Hopper-v5"),
+        reference="ne_td3_no_review",
+        panels=REVIEW,
     ),
     "regrama": Figure(
         "ReGraMa, by NE's authors (2025), beside ReDo and NE; not in the paper",

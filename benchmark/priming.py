@@ -57,6 +57,8 @@ ARMS = {
     "recency": Arm("recency", td3, {"method": "recency"}),
     "ne": Arm("NE", ne),
     "ne_layer_norm": Arm("NE + LayerNorm", ne, {"layer_norm": True}),
+    "ne_floor_90": Arm("NE, floor 0.9", ne, {"review_floor": 0.9}),
+    "ne_fau": Arm("NE, rule fau", ne, {"review_rule": "fau"}),
     "ne_no_review": Arm("NE without review", ne, {"review_floor": 1.0}),
     # differs from ne_no_review in what is grown only
     "random_growth": Arm("random growth", ne, {"growth": "random", "review_floor": 1.0}),
@@ -66,7 +68,7 @@ ARMS = {
 # NE's rounds and reviews are spread over all updates. In the arms above they are spread over
 # the normal steps only, as the scripts count environment steps, and none passes while priming;
 # ReDo and ReGraMa count updates, so they always act
-for name in ("ne", "ne_layer_norm", "ne_no_review", "random_growth"):
+for name in ("ne", "ne_layer_norm", "ne_floor_90", "ne_fau", "ne_no_review", "random_growth"):
     label = f"{ARMS[name].label}, while priming"
     ARMS[f"{name}_while"] = ARMS[name]._replace(label=label, while_priming=True)
 ArmName = Literal[tuple(ARMS)]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 import drawing
 import figures
@@ -88,6 +89,19 @@ def test_the_caption_says_what_is_missing(partial):
 
 
 # --- tables -------------------------------------------------------------------
+def test_a_difference_over_two_tasks_is_the_mean_of_the_normalised_ones(tmp_path):
+    returns = {("ne_td3", "A-v1"): (24, 28), ("td3_dense", "A-v1"): (10, 30)}
+    returns |= {("ne_td3", "B-v1"): (140, 220), ("td3_dense", "B-v1"): (100, 300)}
+    for (name, task), values in returns.items():
+        for seed, value in enumerate(values, 1):
+            write_run(tmp_path, name, task, seed, [value] * 10)
+    page = figures.page_of(read(tmp_path, seeds=2))
+    head, _, row = next(t for t in page.split("\n\n") if "Welch" in t).splitlines()
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    # variances of the four means, halves of the normalised: 0.0025, 0.01 and twice 0.0625
+    bound = stats.t(0.1375**2 / (0.0025**2 + 0.01**2 + 2 * 0.0625**2)).ppf(0.975) * 0.1375**0.5
+    text = f"0.10 [{0.1 - bound:.2f}, {0.1 + bound:.2f}]"
+    assert cells["mean of the normalised, minus TD3"] == text
 
 
 # --- files --------------------------------------------------------------------

@@ -60,10 +60,11 @@ def test_every_arm_runs(arm, primed):
         assert np.isfinite([float(value) for value in row.values()]).all()
     start, *_, end = column(folder / "results.csv", "ne/critic/density")
     assert (start < 1) == (priming.ARMS[arm].script is ne)
-    grows = ("ne", "ne_layer_norm", "ne_no_review", "random_growth")
-    assert (end > start) == (arm.removesuffix("_while") in grows)
+    name = arm.removesuffix("_while")
+    reviews = ("ne", "ne_layer_norm", "ne_floor_90")
+    assert (end > start) == (name in (*reviews, "ne_fau", "ne_no_review", "random_growth"))
     reviewed = column(folder / "results.csv", "ne/review_share")[-1]
-    assert (reviewed > 0) == (arm.removesuffix("_while") in ("ne", "ne_layer_norm"))
+    assert (reviewed > 0) == (name in reviews)  # `fau` is above 0.4
     assert len({(other / "results.csv").read_bytes() for other in primed.values()}) > 9
 
 

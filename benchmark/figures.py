@@ -243,10 +243,12 @@ def page_of(results: Results) -> str:
             ratios = results.final(task, drawing.RATIO.columns[0])
             columns.append((f"{task}, critics' active ratio", ratios, "z.2f"))
         scores = normalised(results)
-        if len(scores) > 1:  # `estimate` adds the tasks' means
+        if len(scores) > 1:
             means = {}
             for label in results.runs:
-                means[label] = [own / len(scores) for own in scores_of(scores, label)]
+                # `estimate` adds the tasks' means; without runs there is none
+                own = scores_of(scores, label) or [np.array([])]
+                means[label] = [values / len(scores) for values in own]
             columns.append(("mean of the normalised", means, "z.2f", estimate))
         tables += [differences(columns, results.reference), spreads(results)]
     return "\n".join([*tables, f"{caption(results)}\n"])

@@ -102,6 +102,9 @@ def test_a_difference_over_two_tasks_is_the_mean_of_the_normalised_ones(tmp_path
     bound = stats.t(0.1375**2 / (0.0025**2 + 0.01**2 + 2 * 0.0625**2)).ppf(0.975) * 0.1375**0.5
     text = f"0.10 [{0.1 - bound:.2f}, {0.1 + bound:.2f}]"
     assert cells["mean of the normalised, minus TD3"] == text
+    chosen = ("ne_td3", "td3_dense", "td3_redo")  # the last has no runs
+    page = figures.page_of(read(tmp_path, chosen, seeds=2))
+    assert "| ReDo | – | – | – | – | – | – | – | – | – | – |" in page
 
 
 # --- files --------------------------------------------------------------------

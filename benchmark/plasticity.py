@@ -185,7 +185,7 @@ def picture(scores: dict[str, Values], titles: dict[str, str]):
     draw_arms(axes[2], scores["actor"], "none", -0.15)
     axes[2].axvline(1, **dotted)
     axes[2].set_xscale("log")
-    axes[2].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes[2].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
     axes[2].xaxis.set_major_formatter("{x:g}")
     axes[2].xaxis.set_minor_formatter("")
     axes[2].set_title("after priming: critic full, actor hollow", fontsize=10)

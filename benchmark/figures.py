@@ -240,8 +240,9 @@ def page_of(results: Results) -> str:
         columns = []
         for task in results.tasks:
             columns.append((task, results.final(task, RETURN), "z,.0f"))  # z: no "-0"
-            ratios = results.final(task, drawing.RATIO.columns[0])
-            columns.append((f"{task}, critics' active ratio", ratios, "z.2f"))
+            for network, column in zip(drawing.NETWORKS, drawing.RATIO.columns, strict=True):
+                ratios = results.final(task, column)
+                columns.append((f"{task}, {network}: active ratio", ratios, "z.2f"))
         scores = normalised(results)
         if len(scores) > 1:
             means = {}

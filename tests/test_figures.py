@@ -104,7 +104,21 @@ def test_a_difference_over_two_tasks_is_the_mean_of_the_normalised_ones(tmp_path
     assert cells["mean of the normalised, minus TD3"] == text
     chosen = ("ne_td3", "td3_dense", "td3_redo")  # the last has no runs
     page = figures.page_of(read(tmp_path, chosen, seeds=2))
-    assert "| ReDo | – | – | – | – | – | – | – | – | – | – |" in page
+    assert "\n| ReDo" + 14 * " | –" + " |\n" in page
+
+
+def test_active_ratios_are_compared_network_by_network(tmp_path):
+    for name, shares in (("ne_td3", (0.9, 0.8)), ("td3_dense", (0.7, 0.85))):
+        row = {"step": 1000, "eval/return_mean": 1.0}
+        row |= dict(zip(drawing.RATIO.columns, shares, strict=True))
+        for seed in (1, 2):
+            folder = tmp_path / "A-v1" / f"{name}_seed{seed}"
+            write_rows(folder, [row], ["step", *drawing.COLUMNS])
+    page = figures.page_of(read(tmp_path, tasks=("A-v1",), seeds=2))
+    head, _, row = next(t for t in page.split("\n\n") if "Welch" in t).splitlines()
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert cells["A-v1, critics: active ratio, minus TD3"] == "0.20"
+    assert cells["A-v1, actor: active ratio, minus TD3"] == "-0.05"
 
 
 # --- files --------------------------------------------------------------------
